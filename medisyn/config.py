@@ -1,0 +1,308 @@
+"""Training configuration: frozen dataclasses read from YAML with `a.b=c` overrides.
+
+- One dataclass per concern; the comment behind a field says what it does, its unit and its range.
+- Unknown keys, wrong types and out-of-range values are errors that name the key and the valid ones.
+- `type:` selects a variant (the task, a condition), so a configuration holds the options of the chosen variant and no others.
+- The resolved configuration is written to the run folder; `medisyn train RUN/config.yaml` repeats the run.
+
+    config = load_config("scripts/embedded_default/autoencoder.yaml", ["train.steps=100"])
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, with which captions and labels, and how they become tensors."""
+
+    __pydantic_config__ = STRICT
+    source: str | tuple[str, ...]  # file(s), glob, folder or Hub dataset name; anything `datasets` loads
+    split: str = "train"  # split of a Hub dataset or of a folder that has several
+    image_column: str = "image"
+    caption_column: str | None = "caption"  # None: images without captions
+    label_columns: dict[str, str] = field(default_factory=dict)  # label field -> column ("extra.x" reads JSON column extra)
+    label_schema: str | None = None  # a schema whose row rules fill the labels; alternative to label_columns
+    group_column: str | None = None  # patient; a split never puts one group on both sides
+    dataset_column: str | None = None  # name of the source, for the model card
+    license_column: str | None = None  # licence of the source, for the model card
+    filter: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column -> values that are kept
+    resolution: Positive = 128  # pixels, square
+    crop: Literal["center", "random", "pad"] = "center"
+    random_crop_size: Positive | None = None  # pixels; with crop: random, train on crops of this size
+    horizontal_flip: bool = False  # flip half of the images; rows with a stated laterality are never flipped
+    balance_columns: tuple[str, ...] = ()  # draw rows by (1 / frequency of these columns' values) ** balance_power
+    balance_power: Fraction = 0.5
+    on_error: Literal["raise", "skip"] = "raise"  # an image that cannot be read: stop, or count and skip
+    num_workers: Count = 0  # processes that decode images (not used with cached latents)
+
+
+@dataclass(frozen=True)
+class TextConditionConfig:
+    """Text prompts as cross-attention tokens."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["text"] = "text"
+    encoder: str | None = None  # transformers or `open_clip:` name or folder; None: a small one built from the captions
+    train_encoder: bool = False  # train the text encoder along with the UNet
+    hidden_size: Positive = 192  # of the encoder that is built when none is named
+    num_layers: Positive = 2
+    max_length: Positive = 24  # tokens
+    dropout: Fraction = 0.1  # probability of replacing the condition by its null
+
+
+@dataclass(frozen=True)
+class ImageConditionConfig:
+    """Image embeddings (DINO and other vision transformers) as cross-attention tokens."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["image"] = "image"
+    encoder: str = "facebook/dinov2-base"  # transformers name or folder
+    tokens: Literal["global", "patch"] = "global"  # patch tokens let a model copy its input
+    dropout: Fraction = 0.1
+
+
+@dataclass(frozen=True)
+class LabelsConditionConfig:
+    """Structured labels as a vector added to the time embedding."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["labels"] = "labels"
+    schema: str = "synfundus"  # name of a shipped schema or path of a JSON file
+    dropout: Fraction = 0.1
+
+
+ConditionConfig = Annotated[
+    TextConditionConfig | ImageConditionConfig | LabelsConditionConfig, Field(discriminator="type")
+]
+
+
+@dataclass(frozen=True)
+class AutoencoderTaskConfig:
+    """Train an autoencoder: L1 + perceptual + KL, adversarial on request."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["autoencoder"] = "autoencoder"
+    preset: str | None = "mini"  # autoencoder of this preset, from scratch
+    base: str | None = None  # or continue from a folder or Hub name (a pipeline or an autoencoder)
+    pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
+    l1_weight: NonNegative = 1.0
+    l2_weight: NonNegative = 0.0
+    perceptual: Literal["none", "st-lpips", "lpips"] = "none"
+    perceptual_weights: str | None = None  # file of the perceptual network; None: torchmetrics' own download for lpips
+    perceptual_weight: NonNegative = 0.25
+    kl_weight: NonNegative = 1e-6  # AutoencoderKL only
+    adversarial_weight: NonNegative = 0.0  # 0: no discriminator
+    adversarial_start: Count = 0  # first step of the adversarial phase
+    discriminator_channels: Positive = 32
+    scale_images: Positive = 1024  # images from which the latent scale is fitted at the end
+
+
+@dataclass(frozen=True)
+class DiffusionTaskConfig:
+    """Train the UNet (and a small text encoder along with it) on cached latents."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["diffusion"] = "diffusion"
+    preset: str | None = "mini"  # UNet of this preset, from scratch
+    base: str | None = None  # or continue from this pipeline (folder or Hub name)
+    vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
+    conditions: tuple[ConditionConfig, ...] = ()  # empty: unconditional, or the conditions that `base` has
+    joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"
+    zero_terminal_snr: bool = False  # rescale the betas (Lin et al. 2024); needs v_prediction or sample
+    min_snr_gamma: NonNegative = 5.0  # 0: no weighting (Hang et al. 2023)
+    noise_offset: NonNegative = 0.0
+    cache_dir: str | None = None  # latents; None: inside the run folder
+    cache_batch_size: Positive = 32
+    compile: bool = False  # torch.compile the UNet
+    gradient_checkpointing: bool = False
+
+
+TaskConfig = Annotated[AutoencoderTaskConfig | DiffusionTaskConfig, Field(discriminator="type")]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, constant, then a fall to zero over the last part."""
+
+    __pydantic_config__ = STRICT
+    learning_rate: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Count = 100
+    decay_fraction: Fraction = 0.4  # last part of the run in which the rate falls to 0
+    decay: Literal["linear", "cosine"] = "linear"
+    max_grad_norm: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The loop: how long, in which batches, what is written when."""
+
+    __pydantic_config__ = STRICT
+    steps: Positive = 1000  # optimizer steps
+    batch_size: Positive = 32  # images per optimizer step over all processes
+    accumulation: Positive = 1  # micro-batches per step; batch_size counts them all
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: Fraction = 0.999  # 0: no moving average
+    log_every: Positive = 50
+    checkpoint_every: Positive = 1000
+    keep_checkpoints: Positive = 2
+    preview_every: Count = 0  # 0: no previews
+    validate_every: Count = 0  # 0: no validation
+    validation_images: Positive = 256
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    __pydantic_config__ = STRICT
+    output_dir: str  # run folder; running the same configuration again resumes it
+    data: DataConfig
+    task: TaskConfig
+    validation: DataConfig | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        share, rest = divmod(self.train.batch_size, self.train.accumulation)
+        if rest:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} does not divide into train.accumulation="
+                f"{self.train.accumulation} micro-batches of {share}"
+            )
+        if self.train.validate_every and self.validation is None:
+            raise ValueError("train.validate_every is set but there is no `validation:` data")
+        task = self.task
+        if (task.preset is None) == (task.base is None):
+            raise ValueError("task: name either `preset` (from scratch; base: null) or `base` (preset: null)")
+        if self.data.crop == "random" and task.type == "diffusion":
+            raise ValueError("data.crop=random does not go with cached latents; valid here: center, pad")
+        if isinstance(task, DiffusionTaskConfig):
+            if task.zero_terminal_snr and task.prediction_type == "epsilon":
+                raise ValueError("task.zero_terminal_snr needs prediction_type v_prediction or sample, not epsilon")
+            if task.preset is not None and task.vae is None:
+                raise ValueError("task.vae: a model from scratch needs an autoencoder (folder, run folder or Hub name)")
+            kinds = [condition.type for condition in task.conditions]
+            if len(set(kinds)) != len(kinds):
+                raise ValueError(f"task.conditions names a kind twice: {', '.join(kinds)}")
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML file and apply overrides such as `train.steps=10` (values are YAML).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML, an unknown key, a wrong type or range; one line that names the key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no mapping; expected the keys {_keys(TrainConfig)}")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(tree, where=str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "configuration") -> TrainConfig:
+    """Build a `TrainConfig` from nested dictionaries; `where` opens the error message."""
+    try:
+        return _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_problem(error)}") from None
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, every default spelled out."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def save_config(config: TrainConfig, path: str | Path) -> None:
+    """Write the resolved configuration as YAML."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"override {override!r} is not of the form key.subkey=value")
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {value!r} is not a YAML value") from None
+    if isinstance(node[last], str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            node[last] = float(node[last])
+        except ValueError:
+            pass
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        *section, name = [str(part) for part in problem["loc"]]
+        valid = _valid_keys(section)
+        close = difflib.get_close_matches(name, valid, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"unknown key {where}{hint}; valid here: {', '.join(valid)}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = f" (given {problem['input']!r})" if where and not isinstance(problem["input"], dict) else ""
+    return f"{where}: {message}{given}" if where else message
+
+
+_SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "validation": DataConfig,
+    "optim": OptimConfig,
+    "train": LoopConfig,
+    "autoencoder": AutoencoderTaskConfig,
+    "diffusion": DiffusionTaskConfig,
+    "text": TextConditionConfig,
+    "image": ImageConditionConfig,
+    "labels": LabelsConditionConfig,
+}
+
+
+def _valid_keys(section: list[str]) -> list[str]:
+    named = [_SECTIONS[part] for part in section if part in _SECTIONS]
+    return _keys(named[-1] if named else TrainConfig)
+
+
+def _keys(section: type) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(section)]
