@@ -1,0 +1,1 @@
+"""Pipelines that are published verbatim: each file is self-contained and travels inside the models it describes."""
