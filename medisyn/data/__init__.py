@@ -1,0 +1,1 @@
+"""Images in: files and tables (`sources`, `loading`, `medical`), tensors (`preprocessing`), caches (`cache`)."""
