@@ -1,0 +1,98 @@
+"""Perceptual distances for training an autoencoder.
+
+- `ShiftTolerantLPIPS`: the AlexNet variant of ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), written against its
+  published weights: stride-1 first convolution, and a 3x3 binomial blur with stride 2 wherever AlexNet drops resolution.
+- `build_perceptual("lpips")`: torchmetrics' LPIPS (extra `eval`), whose backbone torchvision downloads.
+
+    distance = build_perceptual("st-lpips", "stlpips_alex.pth")(images, references)  # scalar
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# (convolution, its key in the weights, kernel padding); a blur follows the first convolution and precedes the next two
+_STAGES = (
+    ("net.slice1.0", 2),
+    ("net.slice2.5", 2),
+    ("net.slice3.9", 1),
+    ("net.slice4.11", 1),
+    ("net.slice5.13", 1),
+)
+
+
+class ShiftTolerantLPIPS(nn.Module):
+    """ST-LPIPS distance; frozen. Images are (B, 3, H, W) in [-1, 1], H and W at least 32; the result is a mean over B.
+
+    Raises:
+        FileNotFoundError: no weights file.
+        ValueError: the file holds other weights.
+    """
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"no ST-LPIPS weights at {weights}")
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            self.convolutions = nn.ParameterList()
+            for key, _ in _STAGES:
+                self.convolutions.append(state[f"{key}.weight"])
+                self.convolutions.append(state[f"{key}.bias"])
+            self.heads = nn.ParameterList([state[f"lin{i}.model.1.weight"] for i in range(len(_STAGES))])
+            self.register_buffer("shift", state["scaling_layer.shift"])
+            self.register_buffer("scale", state["scaling_layer.scale"])
+        except KeyError as error:
+            raise ValueError(f"{weights} holds no AlexNet ST-LPIPS weights: {error} is missing") from None
+        binomial = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("blur", (torch.outer(binomial, binomial) / 16.0)[None, None])
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        distance = images.new_zeros(())
+        pairs = zip(self._features(images), self._features(references), self.heads, strict=True)
+        for features, reference_features, head in pairs:
+            difference = (F.normalize(features, dim=1) - F.normalize(reference_features, dim=1)).square()
+            distance = distance + F.conv2d(difference, head).mean()
+        return distance
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        hidden = (images - self.shift) / self.scale
+        features = []
+        for stage, (_, padding) in enumerate(_STAGES):
+            if stage in (1, 2):
+                hidden = self._blur_downsample(F.max_pool2d(hidden, kernel_size=3, stride=1))
+            weight, bias = self.convolutions[2 * stage], self.convolutions[2 * stage + 1]
+            hidden = F.conv2d(hidden, weight, bias, padding=padding)
+            hidden = F.relu(self._blur_downsample(hidden) if stage == 0 else hidden)
+            features.append(hidden)
+        return features
+
+    def _blur_downsample(self, hidden: Tensor) -> Tensor:
+        channels = hidden.shape[1]
+        padded = F.pad(hidden, (2, 2, 2, 2), mode="reflect")
+        return F.conv2d(padded, self.blur.expand(channels, 1, 3, 3), stride=2, groups=channels)
+
+
+def build_perceptual(name: str, weights: str | None = None) -> nn.Module | None:
+    """The perceptual distance called `name` (`none`, `st-lpips`, `lpips`), frozen and in evaluation mode.
+
+    Raises:
+        ValueError: unknown name, or `st-lpips` without a weights file.
+        ImportError: `lpips` without the extra `eval`.
+    """
+    if name == "none":
+        return None
+    if name == "st-lpips":
+        if weights is None:
+            raise ValueError("perceptual: st-lpips needs perceptual_weights (the file of stlpips-pytorch's AlexNet variant)")
+        return ShiftTolerantLPIPS(weights).eval()
+    if name == "lpips":
+        try:
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        except ImportError:
+            raise ImportError("perceptual: lpips needs torchmetrics: pip install medisyn[eval]") from None
+        return LearnedPerceptualImagePatchSimilarity(net_type="alex").eval().requires_grad_(False)
+    raise ValueError(f"unknown perceptual distance {name!r}; valid: none, st-lpips, lpips")
