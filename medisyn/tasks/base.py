@@ -1,0 +1,91 @@
+"""What the loop asks of an objective: samples in, a loss out, and a model to export.
+
+- A task is an `nn.Module` whose registered submodules are exactly what is trained; frozen parts are kept outside the registry.
+- All randomness of an item comes from its seed, a function of (run seed, step, position in the global batch); so the loss of
+  an item does not depend on batch size, number of processes or a resume.
+"""
+
+import hashlib
+import struct
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from medisyn.config import OptimConfig, TrainConfig
+
+
+def item_seed(seed: int, step: int, position: int) -> int:
+    """A 63-bit seed for the item at `position` of the global batch of `step`."""
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, step, position), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seeded_normal(seeds: Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal noise, (len(seeds), *shape): row i depends on seeds[i] and `stream` only."""
+    return torch.stack([torch.randn(*shape, generator=_generator(seed, stream)) for seed in seeds.tolist()])
+
+
+def seeded_uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Uniforms in [0, 1), (len(seeds), count): row i depends on seeds[i] and `stream` only."""
+    return torch.stack([torch.rand(count, generator=_generator(seed, stream)) for seed in seeds.tolist()])
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed + stream * 0x9E3779B97F4A7C15) % (1 << 63))
+
+
+class TrainingTask(nn.Module):
+    """Base of all objectives. `forward(batch, step)` returns {"loss": scalar, metric: scalar, ...}."""
+
+    config: TrainConfig
+    row_weights: np.ndarray | None = None  # sampling weight of each training row; None: every row once per epoch
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of training rows."""
+
+    @abstractmethod
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        """One training item; `rng` is the item's own."""
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return default_collate(samples)
+
+    def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Parameter groups for AdamW: no weight decay on biases and normalisation (tensors of one dimension)."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
+    def averaged_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of which an exponential moving average is kept; the averaged ones are exported."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def validate(self, count: int) -> Mapping[str, float]:
+        """Metrics on (at most) `count` validation images, at fixed noise."""
+        return {}
+
+    def preview(self) -> Image.Image | None:
+        """A grid at fixed seeds, or None."""
+        return None
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the trained model as stock components."""
+
+
+def image_grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (N, 3, H, W) in [-1, 1] as one picture with `columns` per row."""
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images.float().clamp(-1, 1).add(1).div(2), nrow=columns, padding=2)
+    return Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,218 @@
+"""Latent diffusion training: epsilon, velocity or sample prediction on cached latents, under any conditions.
+
+- The task builds a `MediSynPipeline` and trains inside it: conditions are encoded, nulled, wired and latents are scaled by the
+  pipeline's own methods, so sampling cannot drift from training.
+- What is frozen is computed once: latent moments (never samples) and the embeddings of frozen encoders.
+- Timestep, noise, posterior sample and condition dropout of an item come from its seed alone.
+
+    medisyn train scripts/embedded_default/diffusion.yaml
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.training_utils import compute_snr
+from PIL import Image
+from torch import Tensor, nn
+
+from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline
+from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition
+from medisyn.config import DataConfig, DiffusionTaskConfig, TrainConfig
+from medisyn.data.cache import EmbeddingCache, LatentCache, build_latent_cache
+from medisyn.data.loading import ImageDataset, load_images
+from medisyn.data.preprocessing import Preprocessor
+from medisyn.losses import diffusion_target, min_snr_weights
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.tasks.base import TrainingTask, image_grid, seeded_normal, seeded_uniform
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of the training timesteps
+PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
+DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
+# streams of an item's seed: one for each use, so that adding a use does not change the others
+_POSTERIOR, _NOISE, _OFFSET, _UNIFORMS = range(4)
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """Images with what has been computed from them once: latent moments, and embeddings by kind of condition."""
+
+    images: ImageDataset
+    latents: LatentCache
+    embeds: Mapping[str, EmbeddingCache]
+
+
+class DiffusionTask(TrainingTask):
+    """Batch of cached latents -> denoising loss. See `DiffusionTaskConfig` for the options."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        if not isinstance(config.task, DiffusionTaskConfig):
+            raise ValueError(f"task.type={config.task.type!r} given to the diffusion task")
+        self.config, self.options = config, config.task
+        images = load_images(config.data)
+        if config.data.on_error == "skip":
+            images = images.drop_unreadable()
+        self.pipe = self._build_pipeline(images)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.vae.requires_grad_(False).eval()
+        self.pipe.to(PartialState().device)
+        self.conditions = conditions_of(self.pipe)
+        self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
+        self.dropout |= {c.type: c.dropout for c in self.options.conditions}
+        # registered, hence trained and saved: the UNet and every encoder that is trained along
+        self.unet = self.pipe.unet
+        parts = (part for c in self.conditions if not c.cacheable for part in c.components().values())
+        self.trained_encoders = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+        if self.options.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self._denoiser = (torch.compile(self.unet) if self.options.compile else self.unet,)  # a tuple: registered once
+        self.noising = DDPMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
+        self.data = self._cached(images, config.data, "train")
+        self._may_flip = images.may_flip() & config.data.horizontal_flip
+        if config.data.balance_columns:
+            self.row_weights = images.sampling_weights()
+        self._validation: CachedImages | None = None
+
+    def _build_pipeline(self, images: ImageDataset) -> MediSynPipeline:
+        options = self.options
+        built = [get_condition(c.type).from_config(c, images.captions) for c in options.conditions]
+        if options.base is not None:
+            pipe = load_pipeline(options.base)
+            for name in adapt_unet(pipe, built) if built else ():
+                logger.warning("newly initialised: %s", name)
+            return pipe
+        pipe = create_pipeline(options.preset, conditions=built, vae=load_autoencoder(options.vae))
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config,
+            beta_schedule=options.beta_schedule,
+            prediction_type=options.prediction_type,
+            rescale_betas_zero_snr=options.zero_terminal_snr,
+            timestep_spacing="trailing",  # sampling starts at the last training timestep (Lin et al. 2024, section 3.3)
+        )
+        return pipe
+
+    def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
+        """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
+        folder = Path(self.options.cache_dir or Path(self.config.output_dir) / "cache") / split
+        options = {"batch_size": self.options.cache_batch_size, "flips": data.horizontal_flip}
+        preprocessor = Preprocessor.from_config(data)
+        latents = build_latent_cache(self.pipe, images, preprocessor, folder / "latents", **options)
+        caches = {c.kind: c.build_cache(self.pipe, images, folder / c.kind, **options) for c in self.conditions}
+        return CachedImages(images, latents, {kind: cache for kind, cache in caches.items() if cache is not None})
+
+    def __len__(self) -> int:
+        return len(self.data.images)
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        flip = bool(self._may_flip[row]) and rng.random() < 0.5
+        return self.data.latents.moments(row, flip=flip) | {"row": row, "flip": flip}
+
+    def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        latents, seeds = self._latents(batch), batch["seed"]
+        noise = seeded_normal(seeds, latents.shape[1:], _NOISE).to(latents.device)
+        if self.options.noise_offset:
+            offset = seeded_normal(seeds, (latents.shape[1], 1, 1), _OFFSET).to(latents.device)
+            noise = noise + self.options.noise_offset * offset
+        uniforms = seeded_uniform(seeds, 2 + len(self.conditions), _UNIFORMS)
+        timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long().to(latents.device)
+        keep = condition_dropout(self.dropout, uniforms[:, 1:], self.options.joint_dropout)
+        embeds = self._embeds(self.data, batch["row"].tolist(), batch["flip"].tolist())
+        conditions = self._unet_conditions(embeds, keep, len(latents))
+        error = self._error(latents, noise, timesteps, conditions)
+        snr, prediction_type = compute_snr(self.noising, timesteps), self.noising.config.prediction_type
+        loss = (error * min_snr_weights(snr, self.options.min_snr_gamma, prediction_type)).mean()
+        return {"loss": loss, "error": error.detach().mean()}
+
+    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Scaled latents, (B, C, h, w); of an autoencoder with a posterior, a sample."""
+        latents = batch["mean"].float()
+        if "logvar" in batch:
+            noise = seeded_normal(batch["seed"], latents.shape[1:], _POSTERIOR).to(latents.device)
+            latents = latents + torch.exp(0.5 * batch["logvar"].float()) * noise
+        return self.pipe.scale_latents(latents)
+
+    def _embeds(self, data: CachedImages, rows: list[int], flips: list[bool] | bool = False) -> dict[str, Tensor]:
+        """Embeddings of the conditions of these rows by kind, from the cache where there is one."""
+        embeds = {}
+        for condition in self.conditions:
+            if (cache := data.embeds.get(condition.kind)) is not None:
+                embeds[condition.kind] = cache.embeddings(rows, cache.key["flips"] & np.asarray(flips)).to(self.pipe.device)
+            else:
+                examples = [{"caption": data.images.captions[row], "labels": data.images.labels[row]} for row in rows]
+                embeds[condition.kind] = condition.encode(self.pipe, examples)
+        return embeds
+
+    def _unet_conditions(
+        self, embeds: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None = None, batch_size: int = 1
+    ) -> dict[str, Tensor]:
+        """The UNet's condition arguments; with `keep` masks (B,), nulls where a kind is dropped."""
+        arguments = {}
+        for condition in self.conditions:
+            features = embeds[condition.kind]
+            if keep is not None:
+                features = drop(features, condition.null(self.pipe, len(features)), keep[condition.kind])
+            arguments[condition.embeds_name] = features
+            batch_size = len(features)
+        return self.pipe.unet_conditions(**arguments, batch_size=batch_size)
+
+    def _error(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared error of the UNet's prediction per item, (B,)."""
+        (denoiser,) = self._denoiser
+        prediction = denoiser(self.noising.add_noise(latents, noise, timesteps), timesteps, **conditions).sample
+        prediction_type = self.noising.config.prediction_type
+        target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
+        return (prediction.float() - target).square().flatten(1).mean(dim=1)
+
+    @torch.no_grad()
+    def validate(self, count: int) -> dict[str, float]:
+        """Unweighted error at fixed noise levels and fixed noise, with the conditions of the validation rows."""
+        if self._validation is None:
+            images = load_images(self.config.validation)
+            images = images.select(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+            self._validation = self._cached(images, self.config.validation, f"validation_{len(images)}")
+        data, device = self._validation, self.pipe.device
+        metrics = {}
+        for level in VALIDATION_NOISE_LEVELS:
+            errors = []
+            for rows in torch.arange(len(data.images)).split(64):
+                batch = self.collate([data.latents.moments(row) for row in rows.tolist()])
+                batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
+                latents = self._latents(batch)
+                noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
+                timesteps = torch.full((len(rows),), int(level * self.noising.config.num_train_timesteps), device=device)
+                conditions = self._unet_conditions(self._embeds(data, rows.tolist()), batch_size=len(rows))
+                errors.append(self._error(latents, noise, timesteps, conditions))
+            metrics[f"error_at_{level}"] = torch.cat(errors).mean().item()
+        return {"error": float(np.mean(list(metrics.values())))} | metrics
+
+    @torch.no_grad()
+    def preview(self) -> Image.Image:
+        """Samples for the conditions of rows spread over the training data, at fixed seeds."""
+        rows = np.linspace(0, len(self) - 1, PREVIEW_IMAGES).astype(int).tolist()
+        embeds = self._embeds(self.data, rows)
+        embeds = {condition.embeds_name: embeds[condition.kind] for condition in self.conditions}
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(rows))]
+        count = {} if embeds else {"num_images_per_prompt": len(rows)}
+        images = self.pipe(
+            **embeds, **count, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt"
+        ).images
+        return image_grid(images * 2 - 1, columns=8)
+
+    def export(self, folder: Path) -> None:
+        """Write `pipeline/`: the published form of the model, with the hashes and licences of its training images."""
+        self.pipe.save_pretrained(folder / "pipeline")
+        record = {
+            "hashes": sorted({found for found in self.data.images.hashes() if found}),
+            "datasets": self.data.images.provenance(),
+        }
+        (folder / "pipeline" / "training_images.json").write_text(json.dumps(record), encoding="utf-8")
