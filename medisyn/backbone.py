@@ -1,0 +1,374 @@
+"""Pipelines to start from: presets built from scratch, and trained models of a folder or the Hub.
+
+- A preset is data: an autoencoder, a UNet and a scheduler, all stock diffusers classes. The latent size follows from
+  the autoencoder, so another one can be put into any preset.
+- A Stable-Diffusion-family repository becomes a `MediSynPipeline`; its safety checker is left out.
+- Only safetensors are read: pickled weights can run any code.
+- A trained start gets other conditions by `medisyn.wiring`, which keeps the weights that fit and reports what is new.
+
+    pipe = create_pipeline("mini", conditions=["text", "labels:synfundus"])
+    pipe = create_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", conditions=["text", "labels:synfundus"])
+    pipe = load_pipeline("runs/chest/pipeline", adapter="adapters/pneumonia")
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoModel, DPMSolverMultistepScheduler, UNet2DConditionModel
+
+from medisyn.conditions import (
+    Condition,
+    ImageCondition,
+    LabelsCondition,
+    NoCondition,
+    TextCondition,
+    conditions_of,
+    get_condition,
+    get_schema,
+    unet_kwargs,
+)
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.prompts import choose, vocabulary
+from medisyn.wiring import adapt_unet, add_condition
+
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "adapt_unet",
+    "add_condition",
+    "create_autoencoder",
+    "create_pipeline",
+    "load_autoencoder",
+    "load_pipeline",
+    "model_hash",
+]
+
+Autoencoder = AutoencoderKL | AutoencoderDC
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Configurations of the parts of a pipeline, as arguments of their stock classes."""
+
+    resolution: int  # pixels
+    autoencoder_class: type[Autoencoder]
+    autoencoder: Mapping[str, Any]
+    unet: Mapping[str, Any]
+    scheduler: Mapping[str, Any]  # of DPMSolverMultistepScheduler
+    pools_text: bool  # whether text also enters pooled, beside the time step (addition_embed_type="text")
+
+
+def _deterministic_autoencoder(channels: tuple[int, ...]) -> dict[str, Any]:
+    """DC-AE (Chen et al. 2024, arXiv 2410.10733), no layers at full resolution, no shortcut past the code."""
+    layers, scales = (0, 2, 2, 2), ((), (), (), ())
+    sides = {"block_types": "ResBlock", "block_out_channels": channels, "layers_per_block": layers}
+    sides |= {"qkv_multiscales": scales}
+    options = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
+    return options | {"latent_channels": 16, "encoder_out_shortcut": False, "decoder_in_shortcut": False}
+
+
+_COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "solver_order": 2}
+
+PRESETS: dict[str, Preset] = {
+    "mini": Preset(
+        resolution=128,  # latents 16 x 16 x 16
+        autoencoder_class=AutoencoderDC,
+        autoencoder=_deterministic_autoencoder((32, 64, 128, 128)),
+        unet={
+            "block_out_channels": (96, 128, 176),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 192,
+            "attention_head_dim": 4,  # in a UNet2DConditionModel this is the number of heads
+            "resnet_time_scale_shift": "scale_shift",
+            "norm_num_groups": 16,
+        },
+        scheduler=_COSINE,
+        pools_text=True,
+    ),
+    "small": Preset(
+        resolution=256,  # latents 32 x 32 x 16
+        autoencoder_class=AutoencoderDC,
+        autoencoder=_deterministic_autoencoder((64, 128, 256, 256)),
+        unet={
+            "block_out_channels": (128, 256, 384, 384),
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 384,
+            "attention_head_dim": 8,
+            "resnet_time_scale_shift": "scale_shift",
+        },
+        scheduler=_COSINE,
+        pools_text=True,
+    ),
+    "sd": Preset(
+        resolution=512,  # latents 64 x 64 x 4; Rombach et al. 2022, the shape of Stable Diffusion 1.x
+        autoencoder_class=AutoencoderKL,
+        autoencoder={
+            "block_out_channels": (128, 256, 512, 512),
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "layers_per_block": 2,
+            "latent_channels": 4,
+            "sample_size": 512,
+            "scaling_factor": 0.18215,
+        },
+        unet={
+            "block_out_channels": (320, 640, 1280, 1280),
+            "layers_per_block": 2,
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        scheduler={
+            "beta_schedule": "scaled_linear",
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "prediction_type": "epsilon",
+            "steps_offset": 1,
+        },
+        pools_text=False,
+    ),
+}
+
+
+# ---- from scratch, or from a trained start ----
+
+
+def create_pipeline(
+    preset: str = "mini",
+    conditions: Sequence[Condition | str] = (),
+    vae: Autoencoder | str | Path | None = None,
+) -> MediSynPipeline:
+    """A pipeline to be trained.
+
+    Args:
+        preset: a preset's name for a model from scratch (seed torch first where its weights must be reproducible),
+            or a folder or Hub name to start from, whose UNet is then adapted.
+        conditions: `Condition` objects, or names: "text" (a small encoder and a tokenizer of `medisyn.prompts`),
+            "text:<encoder>", "image:<encoder>", "labels:<schema>". Empty: unconditional, or those of the start.
+        vae: an autoencoder, or the folder or Hub name of one; by default the preset's or the start's own.
+
+    Raises:
+        ValueError: an unknown preset, condition or schema.
+        OSError: a folder or repository that is not there.
+    """
+    vae = load_autoencoder(vae) if isinstance(vae, (str, Path)) else vae
+    if preset not in PRESETS:
+        if not Path(preset).exists() and not _is_hub_name(preset):
+            choose("preset, folder or Hub name", str(preset), PRESETS)
+        pipe = load_pipeline(preset)
+        if vae is not None:
+            pipe = MediSynPipeline(**pipe.components | {"vae": vae}, **_settings(pipe))
+        width = pipe.unet.config.cross_attention_dim
+        if conditions or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            adapt_unet(pipe, [_condition(one, width) for one in conditions] or conditions_of(pipe))
+        return pipe
+
+    shape = PRESETS[preset]
+    vae = create_autoencoder(preset) if vae is None else vae
+    width = shape.unet["cross_attention_dim"]
+    chosen = [_condition(one, width) for one in conditions]
+    wiring = unet_kwargs(chosen, width)
+    if shape.pools_text and any(condition.kind == "text" for condition in chosen):
+        heads = max(number for number in (1, 2, 4) if (wiring["encoder_hid_dim"] or width) % number == 0)
+        wiring |= {"addition_embed_type": "text", "addition_embed_type_num_heads": heads}
+    stages = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    latents = {"sample_size": shape.resolution // 2 ** (len(stages) - 1)}
+    latents |= dict.fromkeys(("in_channels", "out_channels"), vae.config.latent_channels)
+    components = {name: value for condition in chosen for name, value in condition.components().items()}
+    return MediSynPipeline(
+        vae=vae,
+        unet=UNet2DConditionModel(**{**shape.unet, **latents, **wiring}),
+        scheduler=DPMSolverMultistepScheduler(**shape.scheduler),
+        **components,
+    )
+
+
+def create_autoencoder(preset: str = "mini") -> Autoencoder:
+    """The autoencoder of a preset, from scratch. Raises ValueError for an unknown preset."""
+    shape = PRESETS[choose("preset", preset, PRESETS)]
+    return shape.autoencoder_class(**shape.autoencoder)
+
+
+def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
+    return {name: pipe.config[name] for name in ("label_schema", "image_tokens", "conditions")}
+
+
+def _condition(condition: Condition | str, width: int) -> Condition:
+    if not isinstance(condition, str):
+        return condition
+    kind, _, name = condition.partition(":")
+    get_condition(kind)  # raises for an unknown kind
+    if kind == "text" and not name:
+        return TextCondition.from_captions(vocabulary(), hidden_size=width)
+    if kind == "text":
+        return TextCondition.from_pretrained(name)
+    if kind == "image":
+        return ImageCondition.from_pretrained(name or "facebook/dinov2-base")
+    return LabelsCondition(get_schema(name or "corpus_fundus")) if kind == "labels" else NoCondition()
+
+
+# ---- loading ----
+
+
+def load_pipeline(
+    name_or_dir: str | Path | None = None,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> MediSynPipeline:
+    """A trained pipeline: the one embedded in the package, or that of a folder or Hub name.
+
+    Args:
+        name_or_dir: a folder with `model_index.json`, a run folder with `pipeline/`, or a Hub name "owner/model" of a
+            MediSyn or Stable-Diffusion-family model. None: the embedded default.
+        adapter: a LoRA to load on top: a folder, a .safetensors file or a Hub name.
+        dtype: of all components, also as a name ("bfloat16"); float32 by default.
+
+    Raises:
+        FileNotFoundError: no such model or adapter; the message lists what was tried.
+        ValueError: a model of another family, or one with pickled weights only.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, choose("dtype", dtype, ("float32", "bfloat16", "float16")))
+    if name_or_dir is None:
+        folder = _model_folder(Path(str(resources.files("medisyn"))) / "pretrained")
+        if folder is None:
+            raise FileNotFoundError(
+                "no embedded model (medisyn/pretrained) in this installation; name a folder or Hub model"
+            )
+    else:
+        folder = _find(name_or_dir)
+    pipe = _load_folder(folder, dtype)
+    if adapter is not None:
+        _load_adapter(pipe, adapter)
+    return pipe
+
+
+def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
+    """The autoencoder of a folder or Hub name: a pipeline's, a run's (`vae/`) or one by itself.
+
+    Raises:
+        FileNotFoundError: there is none; the message lists what was tried.
+        ValueError: another kind of component, or pickled weights only.
+    """
+    folder = Path(name_or_dir).expanduser()
+    places = [folder / "pipeline" / "vae", folder / "vae", folder]
+    found = next((place for place in places if (place / "config.json").is_file()), None)
+    if found is not None:
+        _refuse_pickles(found)
+        vae = AutoModel.from_pretrained(found, use_safetensors=True)
+    elif folder.exists() or not _is_hub_name(name_or_dir):
+        raise FileNotFoundError(f"no autoencoder {str(name_or_dir)!r}; tried: {', '.join(map(str, places))}")
+    else:
+        name, options = str(name_or_dir), {"subfolder": "vae", "use_safetensors": True}
+        vae = _from_hub(name, lambda: AutoModel.from_pretrained(name, **options), [*map(str, places)])
+    if not isinstance(vae, Autoencoder):
+        raise ValueError(
+            f"{str(name_or_dir)!r} holds a {type(vae).__name__}; valid are AutoencoderKL and AutoencoderDC"
+        )
+    return vae
+
+
+def _is_hub_name(name: str | Path) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)) is not None
+
+
+def _model_folder(folder: Path) -> Path | None:
+    """The folder itself or its `pipeline/`, whichever holds a pipeline."""
+    return next((place for place in (folder, folder / "pipeline") if (place / "model_index.json").is_file()), None)
+
+
+def _find(name_or_dir: str | Path) -> Path:
+    """The local folder of a model, downloaded if need be."""
+    name, folder = str(name_or_dir), Path(name_or_dir).expanduser()
+    found = _model_folder(folder)
+    if found is not None:
+        return found
+    tried = [str(folder / "model_index.json"), str(folder / "pipeline" / "model_index.json")]
+    if folder.exists() or not _is_hub_name(name):
+        reason = "" if folder.exists() else "; nor is it a Hub name of the form owner/model"
+        raise FileNotFoundError(f"no model {name!r}; tried: {', '.join(tried)}{reason}")
+    return Path(_from_hub(name, lambda: MediSynPipeline.download(name, use_safetensors=True), tried))
+
+
+def _from_hub(name: str, load: Callable, tried: Sequence[str]) -> Any:
+    """What `load` gets from the Hub; its failures become one line that also names the local places."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        places = ", ".join([*tried, f"Hub repository {name}"])
+        raise FileNotFoundError(f"no model {name!r}; tried: {places} ({reason})") from error
+
+
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> MediSynPipeline:
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        class_name = index.pop("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / 'model_index.json'} is not a pipeline's index: {error!r}") from error
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    parts = {name: part for name, (_, part) in pairs.items() if part}
+    valid = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderDC")}
+    if "text_encoder_2" in parts or any(parts.get(name) not in classes for name, classes in valid.items()):
+        held = ", ".join(f"{name}: {part}" for name, part in sorted(parts.items()))
+        raise ValueError(
+            f"{folder} is not a MediSyn or Stable Diffusion 1.x/2.x model (a UNet2DConditionModel, an AutoencoderKL "
+            f"or AutoencoderDC, at most one text encoder); it holds {held or 'no components'}"
+        )
+    for name in ("unet", "vae", "text_encoder", "image_encoder"):
+        if name in parts:
+            _refuse_pickles(folder / name)
+    foreign = {}
+    if (class_name[-1] if isinstance(class_name, list) else class_name) != MediSynPipeline.__name__:
+        foreign = {"image_encoder": None, "feature_extractor": None}  # of its safety checker or an IP-Adapter
+    return MediSynPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **foreign)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Raise for a component without safetensors."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(f"{folder} has pickled weights only ({', '.join(pickles)}); valid are .safetensors files")
+    raise FileNotFoundError(f"{folder} has no weights: no .safetensors file is there")
+
+
+def _load_adapter(pipe: MediSynPipeline, adapter: str | Path) -> None:
+    if not Path(adapter).exists() and not _is_hub_name(adapter):
+        valid = "a folder, a .safetensors file or a Hub name owner/adapter"
+        raise FileNotFoundError(f"no adapter {str(adapter)!r}; valid are {valid}")
+    try:
+        pipe.load_lora_weights(str(adapter), use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"adapter {str(adapter)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def model_hash(pipe: MediSynPipeline) -> str:
+    """12 hex digits that name a model: its weights, latent scale, label schema and prediction type.
+
+    A loaded but not fused LoRA does not change it; the adapter has a hash of its own.
+    """
+    scale = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
+    digest = hashlib.blake2b(digest_size=6)
+    digest.update(json.dumps([scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]).encode())
+    for component in ("vae", "unet", "text_encoder", "image_encoder"):
+        module = getattr(pipe, component)
+        weights = {} if module is None else module.state_dict()
+        weights = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
+        for name, value in sorted(weights.items()):
+            digest.update(f"{component}.{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

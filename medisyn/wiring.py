@@ -1,0 +1,125 @@
+"""Give a UNet other conditions without losing what it has learned.
+
+- Every weight that still fits is copied. In `encoder_hid_proj`, the layer that tokens pass when their width is not the
+  UNet's or when text and images come together, a kind keeps its columns; one that went in directly gets the identity.
+- A rewired model starts out as the one it came from: new label projections end in zeros, absent images are masked, and
+  latent channels that were not there read as zeros. Another text or image encoder has to be learned, of course.
+- What is newly initialised is returned by name.
+
+    print(add_condition(pipe, LabelsCondition(get_schema("synfundus"))))   # ['class_embedding.linear_1.weight', ...]
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from medisyn.conditions import Condition, conditions_of, unet_kwargs
+from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline
+
+logger = logging.getLogger(__name__)
+
+
+def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[str]:
+    """Give a pipeline these conditions, and its UNet the latent channels of its autoencoder; works in place.
+
+    Returns:
+        The names of newly initialised parameters, "name[:, 4:]" where only these columns are new. Empty if nothing is.
+
+    Raises:
+        ValueError: a kind occurs twice.
+    """
+    old, channels = pipe.unet, pipe.vae.config.latent_channels
+    wanted = unet_kwargs(conditions, old.config.cross_attention_dim)
+    wanted |= {"in_channels": channels, "out_channels": channels}
+    changes = {name: value for name, value in wanted.items() if old.config[name] != value}
+    widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
+    new: list[str] = []
+    if changes:
+        unet = UNet2DConditionModel.from_config({**old.config, **changes}).to(old.device, old.dtype)
+        new = _copy_weights(old, unet)
+        if unet.config.encoder_hid_dim_type == "text_proj":
+            before = _columns({kind: pipe.embeds_width(kind) for kind in pipe.kinds if kind != "labels"})
+            new += _copy_projection(old, unet, before, _columns(widths))
+        pipe.register_modules(unet=unet.train(old.training))
+
+    components = dict.fromkeys(pipe._optional_components)
+    settings = {"label_schema": None, "image_tokens": "global"}
+    for condition in conditions:
+        for name, value in condition.components().items():
+            (components if name in components else settings)[name] = value
+    pipe.register_modules(**components)
+    present = {condition.kind for condition in conditions}
+    pipe.register_to_config(conditions="+".join(kind for kind in KINDS if kind in present) or None, **settings)
+    if new:
+        logger.info("newly initialised: %s", ", ".join(new))
+    return new
+
+
+def add_condition(pipe: MediSynPipeline, condition: Condition) -> list[str]:
+    """`adapt_unet` with the conditions that the pipeline has and one more, which replaces one of the same kind."""
+    kept = [one for one in conditions_of(pipe) if one.kind != condition.kind]
+    return adapt_unet(pipe, sorted([*kept, condition], key=lambda one: KINDS.index(one.kind)))
+
+
+def _columns(widths: Mapping[str, int]) -> dict[str, slice]:
+    """Where each kind of token lies along the feature axis: text first, then image."""
+    columns, start = {}, 0
+    for kind in KINDS:
+        if kind in widths:
+            columns[kind] = slice(start, start + widths[kind])
+            start += widths[kind]
+    return columns
+
+
+@torch.no_grad()
+def _copy_weights(old: UNet2DConditionModel, new: UNet2DConditionModel) -> list[str]:
+    """Copy all but `encoder_hid_proj`; returns the names of what stays newly initialised."""
+    source, fresh = old.state_dict(), []
+    for name, target in new.state_dict().items():
+        weight = source.get(name)
+        if name.startswith("encoder_hid_proj."):
+            continue
+        if weight is not None and weight.shape == target.shape:
+            target.copy_(weight)
+        elif name == "conv_in.weight":
+            shared = min(weight.shape[1], target.shape[1])
+            target.zero_()[:, :shared] = weight[:, :shared]
+            fresh += [f"{name}[:, {shared}:]"] if shared < target.shape[1] else []
+        elif name in ("conv_out.weight", "conv_out.bias"):
+            shared = min(weight.shape[0], target.shape[0])
+            target[:shared] = weight[:shared]
+            fresh += [f"{name}[{shared}:]"] if shared < target.shape[0] else []
+        else:
+            fresh.append(name)
+    if "class_embedding.linear_1.weight" in fresh:
+        for name, parameter in new.class_embedding.linear_2.named_parameters(prefix="class_embedding.linear_2"):
+            parameter.zero_()
+            fresh += [name] if name not in fresh else []
+    return fresh
+
+
+@torch.no_grad()
+def _copy_projection(
+    old: UNet2DConditionModel,
+    new: UNet2DConditionModel,
+    old_columns: Mapping[str, slice],
+    new_columns: Mapping[str, slice],
+) -> list[str]:
+    """Fill `encoder_hid_proj` kind by kind; returns what stays newly initialised."""
+    target, fresh = new.encoder_hid_proj, []
+    had_projection = old.config.encoder_hid_dim_type == "text_proj"
+    if had_projection:
+        target.bias.copy_(old.encoder_hid_proj.bias)
+    else:
+        target.bias.zero_()
+    for kind, columns in new_columns.items():
+        block, before = target.weight[:, columns], old_columns.get(kind, slice(0, 0))
+        if block.shape[1] != before.stop - before.start:
+            fresh.append(f"encoder_hid_proj.weight[:, {columns.start}:{columns.stop}]")
+        elif had_projection:
+            block.copy_(old.encoder_hid_proj.weight[:, before])
+        else:
+            block.copy_(torch.eye(*block.shape))
+    return fresh
