@@ -1,0 +1,196 @@
+"""The whole evaluation: folders and pipelines in, report, table and grid out."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from medisyn.data.loading import load_images
+from medisyn.evaluation import evaluate, format_table
+from medisyn.evaluation.report import nested_values
+from medisyn.evaluation.sampling import draw_rows
+
+COLOURS = {("CT", "normal"): (60, 60, 60), ("CT", "nodule"): (200, 200, 200), ("fundus", "normal"): (200, 80, 20)}
+
+
+def write_images(folder, number, seed, pairs=tuple(COLOURS), columns=("modality", "finding", "caption", "group_id")):
+    """`number` noisy 32 px images of each (modality, finding), with their table."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    lines = []
+    for modality, finding in pairs:
+        for index in range(number):
+            pixels = np.array(COLOURS[modality, finding]) + rng.normal(0, 25, (32, 32, 3))
+            name = f"{modality}-{finding}-{index}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name)
+            row = {
+                "modality": modality,
+                "finding": finding,
+                "caption": f"{modality} {finding}",
+                "group_id": f"{seed}-{modality}-{finding}-{index // 2}",
+            }
+            lines.append({"file_name": name} | {column: row[column] for column in columns})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "tiny.pth")
+    return {
+        "real": write_images(folder / "real", 56, 1),
+        "train": write_images(folder / "train", 30, 2),
+        "synthetic": write_images(folder / "synthetic", 30, 3, columns=("modality", "finding")),
+        "unlabelled": write_images(folder / "unlabelled", 10, 4, columns=()),
+        "extractor": f"timm:test_efficientnet@{folder / 'tiny.pth'}?size=32",
+        "cache_dir": folder / "cache",
+    }
+
+
+def run(data, subject, out, real="real", **options):
+    options = {"extractor": data["extractor"], "cache_dir": data["cache_dir"], "progress": False} | options
+    return evaluate(subject, data[real], out=out, **options)
+
+
+def test_a_folder_of_images_gets_all_measures_as_a_file_a_table_and_a_grid(data, tmp_path, capsys):
+    report = run(data, data["synthetic"], tmp_path / "out", train=data["train"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    printed = capsys.readouterr().out
+    assert printed.strip() == format_table(report).strip() == (tmp_path / "out" / "report.md").read_text().strip()
+    assert "| fundus / normal" in printed and "Nearest training image" in printed
+    assert report["images"] == {"real": 168, "synthetic": 90, "train": 90}
+    assert report["extractor"]["resolution"] == 32 and len(report["extractor"]["weights_sha256"]) == 64
+    overall = report["fidelity"]["overall"]
+    assert overall["images"] == 84  # half of the real images
+    # Drawn from the distribution of the real images, these are as good as real.
+    assert 0.5 < overall["frechet_distance"]["ratio"] < 2
+    assert set(report["fidelity"]["modality"]) == {"CT", "fundus"}
+    assert report["fidelity"]["finding"]["CT / nodule"]["images"] == 28
+    assert report["agreement"]["modality"]["synthetic"]["accuracy"] == 1
+    assert report["agreement"]["finding"]["synthetic"]["by_outer_value"]["CT"]["accuracy"] == 1
+    assert "fundus / normal" in report["agreement"]["finding"]["omitted_classes"]
+    nearest = report["nearest_training_image"]
+    assert nearest["synthetic"]["median"] == pytest.approx(nearest["real"]["median"], rel=0.5)
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.width > 8 * 32 and grid.height > 2 * 32
+
+
+def test_wrong_images_are_found_out(data, tmp_path):
+    # A generator that makes nodules whatever it is asked for.
+    folder = tmp_path / "images"
+    write_images(folder, 60, 5, pairs=[("CT", "nodule")])
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["finding"] = ("normal", "nodule")[index % 2]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run(data, str(folder), tmp_path / "out", train=data["train"])
+    assert report["agreement"]["finding"]["synthetic"]["balanced_accuracy"] == pytest.approx(0.5)
+    assert report["fidelity"]["overall"]["frechet_distance"]["ratio"] > 5
+    assert report["fidelity"]["overall"]["recall"]["synthetic"] < 0.7
+
+
+def test_images_without_labels_and_without_training_images_get_what_can_be_measured(data, tmp_path):
+    report = run(data, data["unlabelled"], tmp_path / "out")
+    assert report["fidelity"]["overall"]["images"] == 30 and set(report["fidelity"]) == {"overall"}
+    assert "no training images" in report["agreement"]["omitted"]
+    assert any("no column modality, finding" in note for note in report["notes"])
+    report = run(data, data["unlabelled"], tmp_path / "out", train=data["train"], per=["modality"])
+    assert "synthetic" not in report["agreement"]["modality"]
+    assert report["agreement"]["modality"]["real"]["accuracy"] == 1
+
+
+def test_a_pipeline_makes_one_image_per_caption_with_its_labels(data, tmp_path, tiny_pipeline):
+    options = {"num_images": 10, "num_inference_steps": 2, "per": ["modality"], "seed": 7}
+    report = run(data, tiny_pipeline(), tmp_path / "out", batch_size=4, **options)
+    assert report["subject"]["conditions"] == ["text"] and report["subject"]["num_inference_steps"] == 2
+    assert "omitted" in report["fidelity"]["overall"]  # ten images are too few
+    made = load_images(str(tmp_path / "out" / "images"), caption_column=None)
+    assert len(made) == 10
+    assert all(
+        prompt.startswith(modality)
+        for prompt, modality in zip(made.column("prompt"), made.column("modality"), strict=True)
+    )
+    assert made.column("seed") == list(range(7, 17))
+    assert sum(modality == "CT" for modality in made.column("modality")) in (6, 7)  # two thirds of the real images
+    with Image.open(tmp_path / "out" / "images" / "000000.png") as image:
+        assert image.text["synthetic"] == "true"
+
+    # The batch size changes nothing, and the folder can be evaluated again.
+    run(data, tiny_pipeline(), tmp_path / "again", batch_size=10, **options)
+    again = load_images(str(tmp_path / "again" / "images"), caption_column=None)
+    difference = [np.abs(np.asarray(made.image(i), int) - np.asarray(again.image(i), int)).max() for i in range(10)]
+    assert max(difference) <= 1
+    assert run(data, str(tmp_path / "out" / "images"), tmp_path / "folder")["images"]["synthetic"] == 10
+
+
+def test_models_with_other_conditions_are_asked_in_their_own_way(data, tmp_path, tiny_pipeline):
+    real = load_images(data["real"])
+    options = {"num_images": 2, "num_inference_steps": 1}
+    for kinds in (("image",), ()):
+        report = run(data | {"real": real}, tiny_pipeline(kinds=kinds), tmp_path / "out", **options)
+        assert report["subject"]["conditions"] == list(kinds)
+    with pytest.raises(ValueError, match="has none; map them"):
+        run(data | {"real": real}, tiny_pipeline(kinds=("labels",)), tmp_path / "out", **options)
+
+
+def test_images_that_the_model_was_trained_on_are_refused(data, tmp_path, tiny_pipeline):
+    hashes = load_images(data["real"], caption_column=None).hashes()
+    folder = tmp_path / "model"
+    tiny_pipeline().save_pretrained(folder)
+    options = {"num_images": 2, "num_inference_steps": 1}
+
+    def trained_on(seen):
+        (folder / "training_images.json").write_text(json.dumps({"hashes": seen, "datasets": [], "config": ""}))
+
+    trained_on(hashes[:20])
+    with pytest.raises(ValueError, match="20 of 168 real images are among the model's training images"):
+        run(data, str(folder), tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "images").exists()
+    report = run(data, str(folder), tmp_path / "out", allow_overlap=True, **options)
+    assert report["overlap"]["model"] == 20 and report["images"]["real"] == 168
+    assert any(note.startswith("LEAKAGE: 20") for note in report["notes"])
+    # A few copies, as public collections have them between their splits, are left out instead.
+    trained_on(hashes[:2])
+    report = run(data, str(folder), tmp_path / "out", **options)
+    assert report["overlap"] == {"model": 2, "train": None, "left_out": 2} and report["images"]["real"] == 166
+    with pytest.raises(ValueError, match="168 of 168 real images are among the images given as train"):
+        run(data, data["synthetic"], tmp_path / "out", train=data["real"])
+
+
+def test_bad_requests_are_named_before_anything_is_made(data, tmp_path, tiny_pipeline):
+    with pytest.raises(ValueError, match="'organ'.*modality"):
+        run(data, data["synthetic"], tmp_path / "out", per=["organ"])
+    with pytest.raises(ValueError, match="unknown feature extractor 'vgg'"):
+        run(data, tiny_pipeline(), tmp_path / "out", extractor="vgg")
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        run(data, tiny_pipeline(), tmp_path / "out", num_images=0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(data | {"real": str(tmp_path / "nowhere")}, data["synthetic"], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(data, str(tmp_path / "nowhere"), tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(data, data["synthetic"], tmp_path / "file")
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_rows_are_drawn_in_proportion_and_not_twice():
+    strata = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    rows = draw_rows(strata, 20, seed=0)
+    counts = {name: sum(strata[row] == name for row in rows) for name in "abc"}
+    assert len(set(rows)) == 20
+    assert abs(counts["a"] - 12) <= 1 and abs(counts["b"] - 6) <= 1 and abs(counts["c"] - 2) <= 1
+    assert sorted(draw_rows(strata, 100, seed=1)) == list(range(100))
+    assert len(draw_rows(strata, 150, seed=1)) == 150
+
+
+def test_columns_nest(data):
+    values = nested_values(load_images(data["real"]), ["modality", "finding"])
+    assert set(values["modality"]) == {"CT", "fundus"}
+    assert set(values["finding"]) == {"CT / normal", "CT / nodule", "fundus / normal"}
