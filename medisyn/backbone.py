@@ -265,7 +265,7 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is not None:
         _refuse_pickles(found)
-        vae = AutoModel.from_pretrained(found, use_safetensors=True)
+        vae = AutoModel.from_pretrained(str(found), use_safetensors=True)
     elif folder.exists() or not _is_hub_name(name_or_dir):
         raise FileNotFoundError(f"no autoencoder {str(name_or_dir)!r}; tried: {', '.join(map(str, places))}")
     else:

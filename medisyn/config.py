@@ -56,7 +56,7 @@ class TextConditionConfig:
 
     __pydantic_config__ = STRICT
     type: Literal["text"] = "text"
-    encoder: str | None = None  # transformers or `open_clip:` name or folder; None: a small one built from the captions
+    encoder: str | None = None  # transformers or `open_clip:` name or folder; None: that of `base`, else built from captions
     train_encoder: bool = False  # train the text encoder along with the UNet
     hidden_size: Positive = 192  # of the encoder that is built when none is named
     num_layers: Positive = 2
@@ -70,7 +70,7 @@ class ImageConditionConfig:
 
     __pydantic_config__ = STRICT
     type: Literal["image"] = "image"
-    encoder: str = "facebook/dinov2-base"  # transformers name or folder
+    encoder: str | None = None  # transformers name or folder, such as facebook/dinov2-base; None: that of `base`
     tokens: Literal["global", "patch"] = "global"  # patch tokens let a model copy its input
     dropout: Fraction = 0.1
 
@@ -81,7 +81,7 @@ class LabelsConditionConfig:
 
     __pydantic_config__ = STRICT
     type: Literal["labels"] = "labels"
-    schema: str = "synfundus"  # name of a shipped schema or path of a JSON file
+    schema: str | None = None  # name of a shipped schema or path of a JSON file; None: that of `base`
     dropout: Fraction = 0.1
 
 
@@ -120,7 +120,7 @@ class DiffusionTaskConfig:
     preset: str | None = "mini"  # UNet of this preset, from scratch
     base: str | None = None  # or continue from this pipeline (folder or Hub name)
     vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
-    conditions: tuple[ConditionConfig, ...] = ()  # empty: unconditional, or the conditions that `base` has
+    conditions: tuple[ConditionConfig, ...] = ()  # exactly these; empty: none, or those of `base` with frozen encoders
     joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"

@@ -43,8 +43,19 @@ class Condition(Protocol):
         ...
 
     @classmethod
-    def from_config(cls, config: Any, captions: Sequence[str | None]) -> Condition:
-        """The condition that its variant of `ConditionConfig` describes; `captions` are those of the training data."""
+    def from_config(
+        cls, config: Any, captions: Sequence[str | None], base: MediSynPipeline | None = None
+    ) -> Condition:
+        """The condition that its variant of `ConditionConfig` describes.
+
+        Args:
+            config: Where it names no encoder or schema, that of `base` is kept.
+            captions: Those of the training data.
+            base: The pipeline that training starts from.
+
+        Raises:
+            ValueError: When nothing says which encoder or schema to use.
+        """
         ...
 
     @property
@@ -126,7 +137,9 @@ class NoCondition:
         return cls()
 
     @classmethod
-    def from_config(cls, config: Any, captions: Sequence[str | None]) -> NoCondition:
+    def from_config(
+        cls, config: Any, captions: Sequence[str | None], base: MediSynPipeline | None = None
+    ) -> NoCondition:
         """Nothing to configure."""
         return cls()
 

@@ -87,9 +87,15 @@ class ImageCondition:
         return cls(pipe.image_encoder, pipe.feature_extractor, pipe.config.image_tokens)
 
     @classmethod
-    def from_config(cls, config: ImageConditionConfig, captions: Sequence[str | None]) -> ImageCondition:
-        """The encoder that the configuration names."""
-        return cls.from_pretrained(config.encoder, config.tokens)
+    def from_config(
+        cls, config: ImageConditionConfig, captions: Sequence[str | None], base: MediSynPipeline | None = None
+    ) -> ImageCondition:
+        """The encoder that the configuration names, else that of `base`."""
+        if config.encoder is not None:
+            return cls.from_pretrained(config.encoder, config.tokens)
+        if base is None or cls.kind not in base.kinds:
+            raise ValueError("The image condition needs an encoder, such as facebook/dinov2-base.")
+        return cls.from_pipeline(base)
 
     def build_cache(self, pipe: MediSynPipeline, images: ImageDataset, folder: Path, **options) -> EmbeddingCache:
         """Embeddings of all images (and of their mirror images where flips are used)."""

@@ -332,9 +332,15 @@ class LabelsCondition:
         return cls(LabelSchema.from_dict(pipe.config.label_schema))
 
     @classmethod
-    def from_config(cls, config: LabelsConditionConfig, captions: Sequence[str | None]) -> LabelsCondition:
-        """The schema that the configuration names."""
-        return cls(get_schema(config.schema))
+    def from_config(
+        cls, config: LabelsConditionConfig, captions: Sequence[str | None], base: MediSynPipeline | None = None
+    ) -> LabelsCondition:
+        """The schema that the configuration names, else that of `base`."""
+        if config.schema is not None:
+            return cls(get_schema(config.schema))
+        if base is None or cls.kind not in base.kinds:
+            raise ValueError(f"The label condition needs a schema, such as {', '.join(list_schemas())}.")
+        return cls.from_pipeline(base)
 
     def build_cache(self, pipe: MediSynPipeline, images: ImageDataset, folder: Path, **options) -> None:
         """None: a label vector is quicker to write than to read."""

@@ -147,10 +147,16 @@ class TextCondition:
         return cls(CLIPTextModel(config), tokenizer)
 
     @classmethod
-    def from_config(cls, config: TextConditionConfig, captions: Sequence[str | None]) -> TextCondition:
-        """The encoder that the configuration names, or a small one that knows the captions and `medisyn.prompts`."""
+    def from_config(
+        cls, config: TextConditionConfig, captions: Sequence[str | None], base: MediSynPipeline | None = None
+    ) -> TextCondition:
+        """The encoder that the configuration names, else that of `base`, else a small one that knows the captions."""
         if config.encoder is not None:
             return cls.from_pretrained(config.encoder, config.max_length, trainable=config.train_encoder)
+        if base is not None and cls.kind in base.kinds:
+            kept = cls.from_pipeline(base)
+            kept.encoder.requires_grad_(config.train_encoder)
+            return kept
         known = [*prompts.vocabulary(), *(caption for caption in captions if caption)]
         return cls.from_captions(known, config.hidden_size, config.num_layers, max_length=config.max_length)
 

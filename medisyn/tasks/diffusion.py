@@ -64,7 +64,7 @@ class DiffusionTask(TrainingTask):
             images = images.drop_unreadable()
         self.pipe = self._build_pipeline(images)
         self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.vae.requires_grad_(False).eval()
+        self.pipe.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.pipe.to(PartialState().device)
         self.conditions = conditions_of(self.pipe)
         self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
@@ -85,12 +85,15 @@ class DiffusionTask(TrainingTask):
 
     def _build_pipeline(self, images: ImageDataset) -> MediSynPipeline:
         options = self.options
-        built = [get_condition(c.type).from_config(c, images.captions) for c in options.conditions]
-        if options.base is not None:
-            pipe = load_pipeline(options.base)
-            for name in adapt_unet(pipe, built) if built else ():
+        base = load_pipeline(options.base) if options.base is not None else None
+        for encoder in (base.text_encoder, base.image_encoder) if base is not None else ():
+            if encoder is not None:
+                encoder.requires_grad_(False)  # a configured condition says otherwise
+        built = [get_condition(c.type).from_config(c, images.captions, base) for c in options.conditions]
+        if base is not None:
+            for name in adapt_unet(base, built) if built else ():
                 logger.warning("newly initialised: %s", name)
-            return pipe
+            return base
         pipe = create_pipeline(options.preset, conditions=built, vae=load_autoencoder(options.vae))
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(
             pipe.scheduler.config,
@@ -104,7 +107,11 @@ class DiffusionTask(TrainingTask):
     def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
         """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
         folder = Path(self.options.cache_dir or Path(self.config.output_dir) / "cache") / split
-        options = {"batch_size": self.options.cache_batch_size, "flips": data.horizontal_flip}
+        options = {
+            "batch_size": self.options.cache_batch_size,
+            "flips": data.horizontal_flip,
+            "bf16": self.config.train.mixed_precision == "bf16",
+        }
         preprocessor = Preprocessor.from_config(data)
         latents = build_latent_cache(self.pipe, images, preprocessor, folder / "latents", **options)
         caches = {c.kind: c.build_cache(self.pipe, images, folder / c.kind, **options) for c in self.conditions}
