@@ -1,0 +1,55 @@
+"""Tiny training runs for tests: 24 images of three kinds with captions and labels, and configurations on tiny components."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from medisyn.config import TrainConfig, parse_config
+from tests.components import tiny_pipeline
+
+CAPTIONS = ("bright square", "dark disc", "grey stripes")
+
+
+def write_images(folder: Path, count: int = 24) -> Path:
+    """An imagefolder with metadata.jsonl: file_name, caption, kind, gc, patient, license."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(count):
+        pixels = rng.integers(0, 60, (32, 32, 3)) + 60 * (i % 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
+        row = {"file_name": f"{i:02d}.png", "caption": CAPTIONS[i % 3], "kind": i % 3, "gc": str(i % 2)}
+        lines.append(json.dumps(row | {"patient": f"p{i // 2}", "license": "CC0"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def write_base(folder: Path, **options) -> Path:
+    """A saved tiny pipeline to start from."""
+    tiny_pipeline(**options).save_pretrained(folder)
+    return folder
+
+
+def diffusion_config(folder: Path, run: str = "run", **changes) -> TrainConfig:
+    """A diffusion run on `folder/images` from `folder/base`; `changes` are merged into sections: train={"steps": 2}."""
+    task = {"type": "diffusion", "preset": None, "base": str(folder / "base"), "cache_dir": str(folder / "cache")}
+    return _config(folder, run, task, {"license_column": "license"}, changes)
+
+
+def autoencoder_config(folder: Path, run: str = "run", **changes) -> TrainConfig:
+    """An autoencoder run on `folder/images` from the autoencoder of `folder/base`; `changes` as in `diffusion_config`."""
+    task = {"type": "autoencoder", "preset": None, "base": str(folder / "base"), "scale_images": 8}
+    return _config(folder, run, task, {"caption_column": None}, changes)
+
+
+def _config(folder: Path, run: str, task: dict, data: dict, changes: dict) -> TrainConfig:
+    tree = {
+        "data": {"source": str(folder / "images"), "resolution": 32} | data,
+        "task": task,
+        "optim": {"warmup_steps": 0, "decay_fraction": 0.0, "learning_rate": 1e-3},
+        "train": {"steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2},
+    }
+    merged = {name: tree.get(name, {}) | changes.get(name, {}) for name in tree | changes}
+    return parse_config({"output_dir": str(folder / run)} | merged)
