@@ -1,0 +1,34 @@
+"""Put a trained pipeline into the package as the embedded default: half precision, in files below 16 MB, at most 32 MB in all.
+
+    python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+import typer
+
+from medisyn import load_pipeline
+
+LIMIT = 32_000_000  # bytes of safetensors
+
+
+def embed(run: Path, folder: Path) -> None:
+    """Save the pipeline of `run` into `folder` (replaced) and refuse it if it is too large to ship."""
+    pipe = load_pipeline(run, dtype=torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial, max_shard_size="15MB")
+    size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+    if size > LIMIT:
+        shutil.rmtree(partial)
+        raise typer.BadParameter(f"{size} bytes of safetensors are more than {LIMIT}")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    print(f"{folder}: {size / 1e6:.1f} MB of safetensors")
+
+
+if __name__ == "__main__":
+    typer.run(embed)
