@@ -63,6 +63,7 @@ class DiffusionTask(TrainingTask):
         if config.data.on_error == "skip":
             images = images.drop_unreadable()
         self.pipe = self._build_pipeline(images)
+        self.pipe.unet.register_to_config(sample_size=config.data.resolution // self.pipe.vae_scale_factor)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.pipe.to(PartialState().device)
