@@ -1,8 +1,10 @@
 """Starting and finishing an autoencoder: the best linear code as initial weights, and the scale of its latents.
 
-- `initialize_from_pca` starts an `AutoencoderDC` (DC-AE, Chen et al. 2024, arXiv 2410.10733) at the principal components of its
-  patches. Its residual blocks begin as identities, so the untrained encoder is linear and its code is as good as a linear one can be.
-- `fit_latent_scale` makes the latents' second moment one. Diffusion needs that, and a wrong scale is a classic silent mistake.
+- `initialize_from_pca` starts an `AutoencoderDC` (DC-AE, Chen et al. 2024, arXiv 2410.10733) at the principal
+  components of its patches. Its residual blocks begin as identities, so the untrained encoder is linear and its code
+  is as good as a linear one can be.
+- `fit_latent_scale` makes the latents' second moment one. Diffusion needs that, and a wrong scale is a classic silent
+  mistake.
 
     initialize_from_pca(vae, images)            # images (N, 3, H, W) in [-1, 1]
     report = fit_latent_scale(vae, images)      # {"before": 1.83, "scaling_factor": 1.0, ...}
@@ -23,9 +25,10 @@ Autoencoder = AutoencoderKL | AutoencoderDC
 def initialize_from_pca(vae: AutoencoderDC, images: Tensor) -> None:
     """Set the encoder to the PCA code of its patches; decoder residual branches start at a tenth of their size.
 
-    The down convolutions but the last pass the pixels through (centre tap), the last one keeps the principal components of
-    what it gets, and `conv_out` is the least-squares map from its features to the PCA of whole patches, each component scaled
-    by the fourth root of its share of the variance (so that strong components stay stronger, but not by orders of magnitude).
+    The down convolutions but the last pass the pixels through (centre tap), the last one keeps the principal
+    components of what it gets, and `conv_out` is the least-squares map from its features to the PCA of whole patches,
+    each component scaled by the fourth root of its share of the variance (so that strong components stay stronger,
+    but not by orders of magnitude).
 
     Args:
         vae: with ResBlocks only, no layers in the first stage and `encoder_out_shortcut=False`.
@@ -79,12 +82,13 @@ def initialize_from_pca(vae: AutoencoderDC, images: Tensor) -> None:
 def fit_latent_scale(vae: Autoencoder, latents: Tensor) -> dict[str, Any]:
     """Bring the latents' second moment to one and write how into the configuration.
 
-    `AutoencoderKL`: `scaling_factor` of the configuration becomes 1 / standard deviation (Rombach et al. 2022, app. G).
-    `AutoencoderDC`: each channel's root mean square is folded into the weights around the latent, exactly, and
+    `AutoencoderKL`: `scaling_factor` of the configuration becomes 1 / standard deviation (Rombach et al. 2022,
+    app. G). `AutoencoderDC`: each channel's root mean square is folded into the weights around the latent, and
     `scaling_factor` is 1; with channel-averaging shortcuts around the latent only the common factor can be written.
 
     Args:
-        latents: unscaled means of the code, (N, C, h, w).
+        vae: changed in place.
+        latents: unscaled means of its code, (N, C, h, w).
 
     Returns:
         `channel_rms_before` (list) and `scaling_factor`.
@@ -107,7 +111,7 @@ def fit_latent_scale(vae: Autoencoder, latents: Tensor) -> dict[str, Any]:
 
 
 def _set_rows(convolution: nn.Conv2d, first: int, rows: Tensor) -> None:
-    """Outputs `first`, `first` + 1, ... are the linear maps `rows` (n, in channels) of the centre pixel; all others are zero."""
+    """Outputs from `first` on are linear maps `rows` (n, in channels) of the centre pixel; all others are zero."""
     convolution.weight.zero_()
     convolution.bias.zero_()
     convolution.weight[first : first + len(rows), :, 1, 1] = rows

@@ -2,7 +2,8 @@
 
 - One dataclass per concern; the comment behind a field says what it does, its unit and its range.
 - Unknown keys, wrong types and out-of-range values are errors that name the key and the valid ones.
-- `type:` selects a variant (the task, a condition), so a configuration holds the options of the chosen variant and no others.
+- `type:` selects a variant (the task, a condition), so a configuration holds the options of the chosen variant and no
+  others.
 - The resolved configuration is written to the run folder; `medisyn train RUN/config.yaml` repeats the run.
 
     config = load_config("scripts/embedded_default/autoencoder.yaml", ["train.steps=100"])
@@ -34,7 +35,9 @@ class DataConfig:
     split: str = "train"  # split of a Hub dataset or of a folder that has several
     image_column: str = "image"
     caption_column: str | None = "caption"  # None: images without captions
-    label_columns: dict[str, str] = field(default_factory=dict)  # label field -> column ("extra.x" reads JSON column extra)
+    label_columns: dict[str, str] = field(
+        default_factory=dict
+    )  # label field -> column; "extra.x": key x of JSON extra
     label_schema: str | None = None  # a schema whose row rules fill the labels; alternative to label_columns
     group_column: str | None = None  # patient; a split never puts one group on both sides
     dataset_column: str | None = None  # name of the source, for the model card
@@ -56,7 +59,8 @@ class TextConditionConfig:
 
     __pydantic_config__ = STRICT
     type: Literal["text"] = "text"
-    encoder: str | None = None  # transformers or `open_clip:` name or folder; None: that of `base`, else built from captions
+    # a transformers or `open_clip:` name, or a folder; None: that of `base`, else a small one built from the captions
+    encoder: str | None = None
     train_encoder: bool = False  # train the text encoder along with the UNet
     hidden_size: Positive = 192  # of the encoder that is built when none is named
     num_layers: Positive = 2
@@ -200,7 +204,9 @@ class TrainConfig:
             if task.zero_terminal_snr and task.prediction_type == "epsilon":
                 raise ValueError("task.zero_terminal_snr needs prediction_type v_prediction or sample, not epsilon")
             if task.preset is not None and task.vae is None:
-                raise ValueError("task.vae: a model from scratch needs an autoencoder (folder, run folder or Hub name)")
+                raise ValueError(
+                    "task.vae: a model from scratch needs an autoencoder (folder, run folder or Hub name)"
+                )
             kinds = [condition.type for condition in task.conditions]
             if len(set(kinds)) != len(kinds):
                 raise ValueError(f"task.conditions names a kind twice: {', '.join(kinds)}")

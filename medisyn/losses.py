@@ -54,7 +54,7 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of N(mean, exp(logvar)) from N(0, 1) (Kingma & Welling 2014, app. B), mean per element."""
+    """Kullback-Leibler divergence of N(mean, exp(logvar)) from N(0, 1), mean per element (Kingma & Welling 2014)."""
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
 
 

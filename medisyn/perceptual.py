@@ -1,7 +1,8 @@
 """Perceptual distances for training an autoencoder.
 
-- `ShiftTolerantLPIPS`: the AlexNet variant of ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), written against its
-  published weights: stride-1 first convolution, and a 3x3 binomial blur with stride 2 wherever AlexNet drops resolution.
+- `ShiftTolerantLPIPS`: the AlexNet variant of ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), written against
+  its published weights: stride-1 first convolution, and a 3x3 binomial blur with stride 2 wherever AlexNet drops
+  resolution.
 - `build_perceptual("lpips")`: torchmetrics' LPIPS (extra `eval`), whose backbone torchvision downloads.
 
     distance = build_perceptual("st-lpips", "stlpips_alex.pth")(images, references)  # scalar
@@ -51,6 +52,7 @@ class ShiftTolerantLPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Mean distance of the pairs, a scalar."""
         distance = images.new_zeros(())
         pairs = zip(self._features(images), self._features(references), self.heads, strict=True)
         for features, reference_features, head in pairs:
@@ -87,7 +89,9 @@ def build_perceptual(name: str, weights: str | None = None) -> nn.Module | None:
         return None
     if name == "st-lpips":
         if weights is None:
-            raise ValueError("perceptual: st-lpips needs perceptual_weights (the file of stlpips-pytorch's AlexNet variant)")
+            raise ValueError(
+                "perceptual: st-lpips needs perceptual_weights (the file of stlpips-pytorch's AlexNet variant)"
+            )
         return ShiftTolerantLPIPS(weights).eval()
     if name == "lpips":
         try:

@@ -1,10 +1,10 @@
 """The one training loop. A `TrainingTask` says what is trained and with which loss; the loop does everything else.
 
 - Reads top to bottom: batch, loss, backward, clip, step, EMA, log, preview, validate, checkpoint.
-- Which rows step s sees, and with which noise, is a function of (seed, s, position in the global batch): there is no data or
-  random state to save, and neither batch splitting nor the number of processes changes the losses.
-- A checkpoint is written beside the old ones and renamed when complete, so a run killed at any moment resumes from the last
-  whole one. To resume is to run the same command again.
+- Which rows step s sees, and with which noise, is a function of (seed, s, position in the global batch): there is no
+  data or random state to save, and neither batch splitting nor the number of processes changes the losses.
+- A checkpoint is written beside the old ones and renamed when complete, so a run killed at any moment resumes from
+  the last whole one. To resume is to run the same command again.
 
     medisyn train scripts/embedded_default/autoencoder.yaml
     accelerate launch --num_processes 2 -m medisyn train CONFIG.yaml
@@ -20,18 +20,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from medisyn.config import OptimConfig, TrainConfig, config_to_dict, load_config, save_config
 from medisyn.tasks import create_task
 from medisyn.tasks.base import TrainingTask, item_seed
+from medisyn.tasks.batches import training_batches
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ _MAY_DIFFER = (
 class Trainer:
     """Trains the task that a configuration describes and exports the result into `config.output_dir`.
 
-    The folder holds `config.yaml` (resolved), `checkpoints/step_00001000/`, `log.jsonl`, `previews/`, and at the end what the task
-    exports (`vae/` or `pipeline/`) with the averaged weights.
+    The folder holds `config.yaml` (resolved), `checkpoints/step_00001000/`, `log.jsonl`, `previews/`, and at the end
+    what the task exports (`vae/` or `pipeline/`) with the averaged weights.
 
     Raises:
         ValueError: the folder holds a run of another configuration.
@@ -109,11 +108,19 @@ class Trainer:
         start = self._resume()
         if loop.tracker != "none":
             accelerator.init_trackers("tracker")
-        batches = iter(self._loader(start))
+        batches = iter(
+            training_batches(
+                self.task, loop, start, accelerator.process_index, accelerator.num_processes, config.data.num_workers
+            )
+        )
         sums: dict[str, float] = defaultdict(float)
         window_start, window_steps = time.monotonic(), 0
         progress = tqdm(
-            total=loop.steps, initial=start, unit="step", desc=config.task.type, disable=not accelerator.is_main_process
+            total=loop.steps,
+            initial=start,
+            unit="step",
+            desc=config.task.type,
+            disable=not accelerator.is_main_process,
         )
         if start == 0:
             self._observe(0)
@@ -159,21 +166,12 @@ class Trainer:
         accelerator.end_training()
         return self.folder
 
-    def _loader(self, start: int) -> DataLoader:
-        """Micro-batches of this process from step `start` on."""
-        workers = self.config.data.num_workers
-        return DataLoader(
-            _TaskRows(self.task),
-            batch_sampler=_MicroBatches(self, start),
-            collate_fn=_Collate(self.task),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
-
     def _observe(self, step: int) -> None:
         """Previews and validation that fall on this step, with the averaged weights, on the main process."""
         loop = self.config.train
-        wanted = [every and (step % every == 0 or step == loop.steps) for every in (loop.preview_every, loop.validate_every)]
+        wanted = [
+            every and (step % every == 0 or step == loop.steps) for every in (loop.preview_every, loop.validate_every)
+        ]
         if not any(wanted):
             return
         if self.accelerator.is_main_process:
@@ -211,7 +209,9 @@ class Trainer:
             self.ema.restore(parameters)
 
     def _require_finite(self, loss: torch.Tensor, norm: torch.Tensor | None, step: int) -> None:
-        scaled = self.config.train.mixed_precision == "fp16"  # its scaler skips steps with infinite gradients by itself
+        scaled = (
+            self.config.train.mixed_precision == "fp16"
+        )  # its scaler skips steps with infinite gradients by itself
         culprit = None
         if not math.isfinite(loss.item()):
             culprit = f"the loss is {loss.item()}"
@@ -280,82 +280,13 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def learning_rate_factor(step: int, steps: int, optim: OptimConfig) -> float:
-    """Share of the learning rate at `step`: linear warm-up, then 1, then a fall to 0 over the last `decay_fraction`."""
+    """Share of the rate at `step`: linear warm-up, then 1, then a fall to 0 over the last `decay_fraction`."""
     warmup = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
     fall_steps = optim.decay_fraction * steps
     remaining = min(1.0, max(0.0, (steps - step) / fall_steps)) if fall_steps else 1.0
     if optim.decay == "cosine":
         remaining = 0.5 - 0.5 * math.cos(math.pi * remaining)
     return warmup * remaining
-
-
-def training_row(position: int, rows: int, seed: int, weights: np.ndarray | None = None) -> int:
-    """The data row that the run's item number `position` (step x batch size + place in the batch) sees.
-
-    Without weights, every epoch is a permutation of all rows that depends on (seed, epoch); with weights, rows are drawn
-    independently in proportion to them.
-    """
-    if weights is not None:
-        uniform = np.random.default_rng((seed, position)).random()
-        cumulative = np.cumsum(weights, dtype=np.float64)
-        return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right").clip(max=rows - 1))
-    epoch, place = divmod(position, rows)
-    return int(_permutation(rows, seed, epoch)[place])
-
-
-class _MicroBatches:
-    """Batch sampler: the micro-batches of one process as lists of (row, item seed), from step `start` to the end."""
-
-    def __init__(self, trainer: Trainer, start: int) -> None:
-        self.loop, self.start = trainer.config.train, start
-        self.rows, self.weights = len(trainer.task), trainer.task.row_weights
-        self.process, self.processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-
-    def __len__(self) -> int:
-        return (self.loop.steps - self.start) * self.loop.accumulation
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        loop = self.loop
-        size = loop.batch_size // loop.accumulation // self.processes
-        for step in range(self.start, loop.steps):
-            for micro in range(loop.accumulation):
-                first = (micro * self.processes + self.process) * size
-                yield [
-                    (
-                        training_row(step * loop.batch_size + place, self.rows, loop.seed, self.weights),
-                        item_seed(loop.seed, step, place),
-                    )
-                    for place in range(first, first + size)
-                ]
-
-
-class _TaskRows(Dataset):
-    def __init__(self, task: TrainingTask) -> None:
-        self.task = task
-
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        row, seed = key
-        return self.task.sample(row, np.random.default_rng(seed)) | {"seed": seed}
-
-
-class _Collate:
-    def __init__(self, task: TrainingTask) -> None:
-        self.task = task
-
-    def __call__(self, samples: list[dict]) -> dict:
-        seeds = torch.tensor([sample.pop("seed") for sample in samples], dtype=torch.int64)
-        return self.task.collate(samples) | {"seed": seeds}
-
-
-_PERMUTATIONS: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
-    key = (rows, seed, epoch)
-    if key not in _PERMUTATIONS:
-        _PERMUTATIONS.clear()
-        _PERMUTATIONS[key] = np.random.default_rng(key).permutation(rows)
-    return _PERMUTATIONS[key]
 
 
 def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -52,12 +52,20 @@ def test_the_pca_start_gives_the_best_linear_code():
 
 def test_the_pca_start_refuses_other_architectures():
     with pytest.raises(ValueError, match="encoder_out_shortcut=False"):
-        initialize_from_pca(AutoencoderDC(
-            latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-            encoder_block_types="ResBlock", decoder_block_types="ResBlock",
-            encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
-            encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
-        ), torch.zeros(2, 3, 8, 8))
+        initialize_from_pca(
+            AutoencoderDC(
+                latent_channels=4,
+                encoder_block_out_channels=(8, 8),
+                decoder_block_out_channels=(8, 8),
+                encoder_block_types="ResBlock",
+                decoder_block_types="ResBlock",
+                encoder_layers_per_block=(1, 1),
+                decoder_layers_per_block=(1, 1),
+                encoder_qkv_multiscales=((), ()),
+                decoder_qkv_multiscales=((), ()),
+            ),
+            torch.zeros(2, 3, 8, 8),
+        )
 
 
 def test_the_scale_of_deterministic_latents_is_folded_into_the_weights_exactly():
@@ -113,7 +121,9 @@ def test_every_loss_is_reported_and_random_crops_are_trained_on(folder):
 
 
 def test_the_discriminator_and_the_autoencoder_do_not_train_each_other(folder):
-    config = autoencoder_config(folder, "players", task={"adversarial_weight": 1.0, "l1_weight": 0.0, "kl_weight": 0.0})
+    config = autoencoder_config(
+        folder, "players", task={"adversarial_weight": 1.0, "l1_weight": 0.0, "kl_weight": 0.0}
+    )
     task = AutoencoderTask(config)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     losses = task._adversarial(images, task.vae(images).sample)
@@ -132,7 +142,9 @@ def test_the_perceptual_distance_of_the_published_weights(shared_folder):
     near = distance(images, (images + 0.02).clamp(-1, 1))
     assert 0 < near < distance(images, images.flip(0))
     shifted = distance(images[..., 1:], images[..., :-1])  # what the network was made for
-    assert shifted < distance(images, images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)))
+    assert shifted < distance(
+        images, images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def test_perceptual_distances_say_what_they_need(tmp_path):

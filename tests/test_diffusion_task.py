@@ -131,7 +131,9 @@ def test_horizontal_flips_never_touch_a_stated_side(folder, tmp_path):
     sided = write_images(tmp_path / "images")
     (sided / "metadata.jsonl").write_text(lines)
     task = DiffusionTask(
-        diffusion_config(folder, task={"cache_dir": str(tmp_path / "cache")}, data={"source": str(sided), "horizontal_flip": True})
+        diffusion_config(
+            folder, task={"cache_dir": str(tmp_path / "cache")}, data={"source": str(sided), "horizontal_flip": True}
+        )
     )
     flips = {row: {task.sample(row, np.random.default_rng(s))["flip"] for s in range(20)} for row in (0, 1)}
     assert flips == {0: {False}, 1: {False, True}}

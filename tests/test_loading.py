@@ -197,8 +197,11 @@ def test_folder_with_sidecar_captions_and_class_folders(folder):
     images = load_images(folder, label_columns={"finding": "label"})
     assert images.captions == [None, "a chest X-ray", None]
     assert images.column("label") == ["normal", "pneumonia", "pneumonia"]
-    with pytest.raises(ValueError, match="subfolders: train"):
+    with pytest.raises(ValueError, match="it has: train"):
         load_images(folder, split="validation")
+    (folder / "train").rename(folder / "testing")
+    with pytest.raises(ValueError, match="it has: testing"):  # never trained on by mistake
+        load_images(folder)
 
 
 def test_folder_without_captions_says_what_to_set(folder):
@@ -215,6 +218,9 @@ def test_folder_of_parquet_splits(folder):
     assert len(load_images(folder, split="validation")) == 4
     with pytest.raises(ValueError, match="validation-0.parquet"):
         load_images(folder, split="test")
+    (folder / "train-0.parquet").unlink()
+    with pytest.raises(ValueError, match="it has: validation-0.parquet"):
+        load_images(folder)
 
 
 def test_csv_with_relative_paths(folder):

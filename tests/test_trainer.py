@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from medisyn.config import OptimConfig, save_config
 from medisyn.tasks.base import item_seed, seeded_normal
-from medisyn.trainer import Trainer, latest_checkpoint, learning_rate_factor, training_row
+from medisyn.tasks.batches import training_row
+from medisyn.trainer import Trainer, latest_checkpoint, learning_rate_factor
 from tests.training import diffusion_config, write_base, write_images
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,6 @@ def test_four_steps_are_two_and_a_resume_of_two_bit_for_bit(folder):
 
 def test_training_changes_the_unet_and_the_trained_encoder_but_not_the_autoencoder(folder):
     run = Trainer(diffusion_config(folder, "changes", task=TEXT_TRAINED)).fit()
-    before = {"pipeline": None}
     before = {
         f"{file.parent.name}.{name}": value
         for file in sorted((folder / "base").glob("*/*.safetensors"))
@@ -89,7 +89,16 @@ def test_two_processes_give_the_losses_of_one(folder):
     config = diffusion_config(folder, "one_process", train={"steps": 3})
     Trainer(config).fit()
     save_config(diffusion_config(folder, "two_processes", train={"steps": 3}), folder / "two.yaml")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     process = subprocess.run(
         [*launcher, "-m", "medisyn", "train", str(folder / "two.yaml")],
@@ -185,7 +194,7 @@ def test_every_epoch_is_a_permutation_and_weights_set_the_frequencies():
     epoch = [training_row(position, 7, seed=1) for position in range(7, 14)]
     assert sorted(epoch) == list(range(7))
     assert epoch != [training_row(position, 7, seed=1) for position in range(7)]
-    drawn = [training_row(position, 3, seed=1, weights=np.array([1.0, 0.0, 3.0])) for position in range(2000)]
+    drawn = [training_row(position, 3, seed=1, cumulative=np.cumsum([1.0, 0.0, 3.0])) for position in range(2000)]
     assert np.allclose(np.bincount(drawn, minlength=3) / 2000, [0.25, 0.0, 0.75], atol=0.03)
 
 

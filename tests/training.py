@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: 24 images of three kinds with captions and labels, and configurations on tiny components."""
+"""Tiny training runs for tests: 24 images of three kinds with captions and labels, and configurations."""
 
 import json
 from pathlib import Path
@@ -33,13 +33,13 @@ def write_base(folder: Path, **options) -> Path:
 
 
 def diffusion_config(folder: Path, run: str = "run", **changes) -> TrainConfig:
-    """A diffusion run on `folder/images` from `folder/base`; `changes` are merged into sections: train={"steps": 2}."""
+    """A diffusion run on `folder/images` from `folder/base`; `changes` go into sections: train={"steps": 2}."""
     task = {"type": "diffusion", "preset": None, "base": str(folder / "base"), "cache_dir": str(folder / "cache")}
     return _config(folder, run, task, {"license_column": "license"}, changes)
 
 
 def autoencoder_config(folder: Path, run: str = "run", **changes) -> TrainConfig:
-    """An autoencoder run on `folder/images` from the autoencoder of `folder/base`; `changes` as in `diffusion_config`."""
+    """An autoencoder run on `folder/images` from that of `folder/base`; `changes` as in `diffusion_config`."""
     task = {"type": "autoencoder", "preset": None, "base": str(folder / "base"), "scale_images": 8}
     return _config(folder, run, task, {"caption_column": None}, changes)
 

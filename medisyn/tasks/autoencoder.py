@@ -1,8 +1,8 @@
 """Autoencoder training: L1 + perceptual + KL, and a patch discriminator late in the run on request.
 
 - Any stock autoencoder: `AutoencoderKL` (sampled code, KL term) or the deterministic `AutoencoderDC`.
-- One optimizer and one backward for both players: the discriminator's own loss sees detached images, and the autoencoder's
-  adversarial loss sees detached discriminator weights.
+- One optimizer and one backward for both players: the discriminator's own loss sees detached images, and the
+  autoencoder's adversarial loss sees detached discriminator weights.
 - At the end the latent scale is fitted and written (`medisyn.autoencoders.fit_latent_scale`).
 
     medisyn train scripts/embedded_default/autoencoder.yaml
@@ -57,12 +57,15 @@ class AutoencoderTask(TrainingTask):
         return len(self.images)
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        """A crop, perhaps mirrored, (3, h, w) in [-1, 1]."""
         return {"images": self.preprocess(self.images.image(row), rng)}
 
     def averaged_parameters(self) -> Iterable[nn.Parameter]:
+        """Those of the autoencoder, not of the discriminator."""
         return list(self.vae.parameters())
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The weighted sum of the losses, and each of them."""
         images = batch["images"].contiguous(memory_format=torch.channels_last)
         options, losses = self.options, {}
         if isinstance(self.vae, AutoencoderKL):
@@ -98,6 +101,7 @@ class AutoencoderTask(TrainingTask):
 
     @torch.no_grad()
     def validate(self, count: int) -> dict[str, float]:
+        """PSNR in dB, mean over images, and the perceptual distance, on whole images."""
         images = self._stack(self.validation_images, self._spread(self.validation_images, count))
         reconstruction = self._reconstruct(images)
         (perceptual,) = self._frozen

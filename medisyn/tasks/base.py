@@ -1,8 +1,9 @@
 """What the loop asks of an objective: samples in, a loss out, and a model to export.
 
-- A task is an `nn.Module` whose registered submodules are exactly what is trained; frozen parts are kept outside the registry.
-- All randomness of an item comes from its seed, a function of (run seed, step, position in the global batch); so the loss of
-  an item does not depend on batch size, number of processes or a resume.
+- A task is an `nn.Module` whose registered submodules are exactly what is trained; frozen parts are kept outside the
+  registry.
+- All randomness of an item comes from its seed, a function of (run seed, step, position in the global batch); so the
+  loss of an item does not depend on batch size, number of processes or a resume.
 """
 
 import hashlib
@@ -56,6 +57,7 @@ class TrainingTask(nn.Module):
         """One training item; `rng` is the item's own."""
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of items."""
         return default_collate(samples)
 
     def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Latent diffusion training: epsilon, velocity or sample prediction on cached latents, under any conditions.
 
-- The task builds a `MediSynPipeline` and trains inside it: conditions are encoded, nulled, wired and latents are scaled by the
-  pipeline's own methods, so sampling cannot drift from training.
+- The task builds a `MediSynPipeline` and trains inside it: conditions are encoded, nulled, wired and latents are
+  scaled by the pipeline's own methods, so sampling cannot drift from training.
 - What is frozen is computed once: latent moments (never samples) and the embeddings of frozen encoders.
 - Timestep, noise, posterior sample and condition dropout of an item come from its seed alone.
 
@@ -101,7 +101,7 @@ class DiffusionTask(TrainingTask):
             beta_schedule=options.beta_schedule,
             prediction_type=options.prediction_type,
             rescale_betas_zero_snr=options.zero_terminal_snr,
-            timestep_spacing="trailing",  # sampling starts at the last training timestep (Lin et al. 2024, section 3.3)
+            timestep_spacing="trailing",  # sampling starts at the last training timestep (Lin et al. 2024, eq. 11)
         )
         return pipe
 
@@ -122,10 +122,12 @@ class DiffusionTask(TrainingTask):
         return len(self.data.images)
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The row's latent moments, perhaps of its mirror image."""
         flip = bool(self._may_flip[row]) and rng.random() < 0.5
         return self.data.latents.moments(row, flip=flip) | {"row": row, "flip": flip}
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The weighted denoising loss and the unweighted error."""
         latents, seeds = self._latents(batch), batch["seed"]
         noise = seeded_normal(seeds, latents.shape[1:], _NOISE).to(latents.device)
         if self.options.noise_offset:
@@ -154,7 +156,9 @@ class DiffusionTask(TrainingTask):
         embeds = {}
         for condition in self.conditions:
             if (cache := data.embeds.get(condition.kind)) is not None:
-                embeds[condition.kind] = cache.embeddings(rows, cache.key["flips"] & np.asarray(flips)).to(self.pipe.device)
+                embeds[condition.kind] = cache.embeddings(rows, cache.key["flips"] & np.asarray(flips)).to(
+                    self.pipe.device
+                )
             else:
                 examples = [{"caption": data.images.captions[row], "labels": data.images.labels[row]} for row in rows]
                 embeds[condition.kind] = condition.encode(self.pipe, examples)
@@ -197,7 +201,9 @@ class DiffusionTask(TrainingTask):
                 batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
                 latents = self._latents(batch)
                 noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
-                timesteps = torch.full((len(rows),), int(level * self.noising.config.num_train_timesteps), device=device)
+                timesteps = torch.full(
+                    (len(rows),), int(level * self.noising.config.num_train_timesteps), device=device
+                )
                 conditions = self._unet_conditions(self._embeds(data, rows.tolist()), batch_size=len(rows))
                 errors.append(self._error(latents, noise, timesteps, conditions))
             metrics[f"error_at_{level}"] = torch.cat(errors).mean().item()

@@ -1,6 +1,6 @@
 """Put a trained pipeline into the package as the embedded default: half precision, in files below 16 MB, at most 32 MB in all.
 
-    python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
+python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
 """
 
 import shutil
