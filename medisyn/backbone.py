@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoModel, DPMSolverMultistepScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 
 from medisyn.conditions import (
     Condition,
@@ -315,7 +316,7 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> MediSynPipeline:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         class_name = index.pop("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'model_index.json'} is not a pipeline's index: {error!r}") from error
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     parts = {name: part for name, (_, part) in pairs.items() if part}
@@ -332,7 +333,10 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> MediSynPipeline:
     foreign = {}
     if (class_name[-1] if isinstance(class_name, list) else class_name) != MediSynPipeline.__name__:
         foreign = {"image_encoder": None, "feature_extractor": None}  # of its safety checker or an IP-Adapter
-    return MediSynPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **foreign)
+    try:
+        return MediSynPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **foreign)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -351,8 +355,10 @@ def _load_adapter(pipe: MediSynPipeline, adapter: str | Path) -> None:
         raise FileNotFoundError(f"no adapter {str(adapter)!r}; valid are {valid}")
     try:
         pipe.load_lora_weights(str(adapter), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"adapter {str(adapter)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if not pipe.get_active_adapters():  # diffusers only warns when no key matches
+        raise ValueError(f"adapter {str(adapter)!r} has no weights named 'unet.' or 'text_encoder.'")
 
 
 @torch.no_grad()

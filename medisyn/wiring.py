@@ -2,11 +2,11 @@
 
 - Every weight that still fits is copied. In `encoder_hid_proj`, the layer that tokens pass when their width is not the
   UNet's or when text and images come together, a kind keeps its columns; one that went in directly gets the identity.
-- A rewired model starts out as the one it came from: new label projections end in zeros, absent images are masked, and
+- A rewired model starts out as the one it came from: new label projections are zeros, absent images are masked, and
   latent channels that were not there read as zeros. Another text or image encoder has to be learned, of course.
 - What is newly initialised is returned by name.
 
-    print(add_condition(pipe, LabelsCondition(get_schema("synfundus"))))   # ['class_embedding.linear_1.weight', ...]
+    print(add_condition(pipe, LabelsCondition(get_schema("synfundus"))))   # ['class_embedding.weight', 'class_embedding.bias']
 """
 
 import logging
@@ -37,7 +37,10 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
     new: list[str] = []
     if changes:
-        unet = UNet2DConditionModel.from_config({**old.config, **changes}).to(old.device, old.dtype)
+        arguments = {name: value for name, value in old.config.items() if not name.startswith("_")}
+        unet = UNet2DConditionModel(**arguments | changes).to(old.device)
+        if unet.dtype != old.dtype:
+            unet.to(old.dtype)
         new = _copy_weights(old, unet)
         if unet.config.encoder_hid_dim_type == "text_proj":
             before = _columns({kind: pipe.embeds_width(kind) for kind in pipe.kinds if kind != "labels"})
@@ -93,10 +96,10 @@ def _copy_weights(old: UNet2DConditionModel, new: UNet2DConditionModel) -> list[
             fresh += [f"{name}[{shared}:]"] if shared < target.shape[0] else []
         else:
             fresh.append(name)
-    if "class_embedding.linear_1.weight" in fresh:
-        for name, parameter in new.class_embedding.linear_2.named_parameters(prefix="class_embedding.linear_2"):
-            parameter.zero_()
-            fresh += [name] if name not in fresh else []
+    if "class_embedding.weight" in fresh:
+        new.class_embedding.weight.zero_()
+    if "class_embedding.bias" in fresh:
+        new.class_embedding.bias.zero_()
     return fresh
 
 

@@ -145,7 +145,8 @@ class ImageDataset:
 
     def select(self, indices: Iterable[int]) -> "ImageDataset":
         """The items at `indices` (of this dataset), in that order; a boolean mask selects where it is true."""
-        positions = np.arange(len(self))[np.asarray(indices if hasattr(indices, "__len__") else list(indices))]
+        chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))
+        positions = np.arange(len(self))[chosen if chosen.size else chosen.astype(np.int64)]
         part = copy.copy(self)
         part.rows = self.rows[positions]
         part.captions = [self.captions[position] for position in positions]
@@ -223,10 +224,11 @@ class ImageDataset:
 
     def provenance(self) -> list[dict[str, Any]]:
         """What the model card must name: `{"name", "license", "images"}` per data set and licence, largest first."""
-        config, count = self.config, len(self)
-        names = self.column(config.dataset_column) if config.dataset_column else [Path(self._source).name] * count
-        licenses = self.column(config.license_column) if config.license_column else ["not stated"] * count
-        counts = Counter(zip(names, licenses, strict=True))
+        config, unnamed = self.config, [None] * len(self)
+        names = self.column(config.dataset_column) if config.dataset_column else unnamed
+        licenses = self.column(config.license_column) if config.license_column else unnamed
+        known = zip(names, licenses, strict=True)
+        counts = Counter((name or Path(self._source).name, text or "not stated") for name, text in known)
         return [{"name": name, "license": text, "images": count} for (name, text), count in counts.most_common()]
 
     def _whole_column(self, name: str) -> list:

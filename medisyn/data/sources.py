@@ -20,6 +20,7 @@ from . import medical
 
 _TABLES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".jsonl": "json", ".json": "json"}
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|training|test|testing|val|valid|validation|dev)(?![a-z])")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _UNDECODED = datasets.Image(decode=False)
 
@@ -63,32 +64,41 @@ def _open_folder(folder: Path, split: str, source: str, image_column: str) -> da
     at_the_top = {path.name for path in files if path.parent == folder}
     if (folder / split).is_dir() and not at_the_top.intersection(_METADATA):
         return _open_folder(folder / split, "train", source, image_column)
-    if any(path.name in _METADATA for path in files) and split == "train":
+    splits = [path for path in folder.iterdir() if path.is_dir() and _SPLIT_WORD.search(path.name)]
+    if splits and not at_the_top.intersection(_METADATA):
+        _refuse_other_splits(splits, split, source)
+    if any(path.name in _METADATA for path in files):
+        _refuse_other_splits([], split, source)
         # Named one by one: from a folder, `datasets` would guess splits from words such as "test" in file names.
-        return _only_split(_load("imagefolder", source, data_files=_strings(files)))
+        return _only_split(_load("imagefolder", source, data_files=_patterns(files)))
     for suffixes in ((".parquet",), (".tar",), (".arrow",), (".csv", ".jsonl", ".json")):
         chosen = [path for path in files if path.suffix.lower() in suffixes]
         if chosen:
-            named = [path for path in chosen if re.search(rf"(^|[^a-z]){re.escape(split)}([^a-z]|$)", path.stem)]
-            if not named and split != "train":
-                raise ValueError(f"no split {split!r} among the files of {source!r}: {_shorten(chosen)}")
+            named = [path for path in chosen if re.search(rf"(?<![a-z]){re.escape(split)}(?![a-z])", path.stem)]
+            if not named:
+                _refuse_other_splits(chosen, split, source)
             return _open_files(named or chosen, source, image_column)
-    if split != "train":
-        folders = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "none"
-        raise ValueError(f"no split {split!r} in the folder {source!r}; its subfolders: {folders}")
+    _refuse_other_splits([], split, source)
     return _open_files([path for path in files if _is_image(path)] or files, source, image_column)
+
+
+def _refuse_other_splits(paths: Sequence[Path], split: str, source: str) -> None:
+    """What names no split is the split "train"; what names another one must not be taken for it."""
+    others = sorted(path for path in paths if _SPLIT_WORD.search(path.stem))
+    if others or split != "train":
+        raise ValueError(f"no split {split!r} in {source!r}; it has: {_shorten(others) or 'train, unnamed'}")
 
 
 def _open_files(files: Sequence[Path], source: str, image_column: str) -> datasets.Dataset:
     suffixes = {path.suffix.lower() for path in files}
     if suffixes <= {".tar"}:
-        return _name_webdataset_columns(_only_split(_load("webdataset", source, data_files=_strings(files))))
+        return _name_webdataset_columns(_only_split(_load("webdataset", source, data_files=_patterns(files))))
     if suffixes <= set(_TABLES) and len({_TABLES[suffix] for suffix in suffixes}) == 1:
         builder = _TABLES[suffixes.pop()]
         parts = []
         for folder in sorted({path.parent for path in files}):  # paths in a table are relative to the table's folder
             here = [path for path in files if path.parent == folder]
-            part = _only_split(_load(builder, source, data_files=_strings(here)))
+            part = _only_split(_load(builder, source, data_files=_patterns(here)))
             parts.append(_with_absolute_paths(part, folder, image_column))
         return concatenate(parts, source)
     images = [path for path in files if _is_image(path)]
@@ -107,8 +117,15 @@ def _list_images(images: Sequence[Path]) -> datasets.Dataset:
     columns: dict[str, list] = {"image": _strings(images), "label": [path.parent.name for path in images]}
     sidecars = [path.with_suffix(".txt") for path in images]
     if any(path.is_file() for path in sidecars):
-        columns["caption"] = [path.read_text("utf-8").strip() if path.is_file() else None for path in sidecars]
+        columns["caption"] = [_read_caption(path) if path.is_file() else None for path in sidecars]
     return datasets.Dataset.from_dict(columns)
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def _open_hub(source: str, split: str) -> datasets.Dataset:
@@ -181,7 +198,8 @@ def _only_split(tables: datasets.DatasetDict) -> datasets.Dataset:
 
 
 def _is_image(path: Path) -> bool:
-    return medical.is_medical(path) or path.suffix.lower() in Image.registered_extensions()
+    # Pillow registers the formats that it can only write (PDF) as well.
+    return medical.is_medical(path) or Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
 def _readable_kinds() -> str:
@@ -190,6 +208,10 @@ def _readable_kinds() -> str:
 
 def _strings(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
+
+
+def _patterns(paths: Sequence[Path]) -> list[str]:
+    return [glob.escape(str(path)) for path in paths]  # `datasets` reads brackets as a pattern
 
 
 def _shorten(paths: Sequence[Path]) -> str:

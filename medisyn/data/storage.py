@@ -155,7 +155,9 @@ class _Writer:
             parts = [part for part in {**made, **wanted} if made.get(part) != wanted.get(part)]
             found = ", ".join(f"{part}={made.get(part)}" for part in parts)
             asked = ", ".join(f"{part}={wanted.get(part)}" for part in parts)
-            raise ValueError(f"the cache {self.folder} was built for {found}, not for {asked}; name another folder")
+            raise ValueError(
+                f"the cache {self.folder} was built for {found}, not for {asked}; name another folder or delete it"
+            )
 
     def pending(self, wanted: Mapping[str, int], batch_size: int) -> list[list[int]]:
         """Rows to compute, in batches that do not depend on where an earlier build was interrupted."""

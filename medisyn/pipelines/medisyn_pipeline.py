@@ -178,7 +178,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         label_schema: dict | None = None,
         image_tokens: str = "global",
         conditions: str | None = None,
-    ):  # noqa: D107
+    ) -> None:
+        """Register the components; see the class."""
         super().__init__()
         if image_tokens not in ("global", "patch"):
             raise ValueError(f"image_tokens {image_tokens!r} is not one of: global, patch")
