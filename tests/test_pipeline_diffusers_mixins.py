@@ -1,7 +1,7 @@
 """The contract that diffusers' own pipeline tests hold every pipeline to, checked on MediSynPipeline.
 
-diffusers keeps its tester mixins in its repository and does not install them; these tests state the same behaviours in
-our words: call signature, saving, optional components, batching, outputs, devices and precision, callbacks, schedulers.
+diffusers keeps its tester mixins in its repository and does not install them; these tests state the same behaviours
+in our words: call signature, saving, optional components, batching, outputs, precision, callbacks, schedulers.
 """
 
 import inspect

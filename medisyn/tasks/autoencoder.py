@@ -38,9 +38,12 @@ class AutoencoderTask(TrainingTask):
             raise ValueError(f"task.type={config.task.type!r} given to the autoencoder task")
         self.config, self.options = config, config.task
         self.images = load_images(config.data)
+        if config.data.on_error == "skip":
+            self.images = self.images.drop_unreadable()
         self.validation_images = load_images(config.validation) if config.validation else None
         self.preprocess = Preprocessor.from_config(config.data)
-        self.preprocess_whole = Preprocessor(config.data.resolution, crop="center")
+        whole = "pad" if config.data.crop == "pad" else "center"
+        self.preprocess_whole = Preprocessor(config.data.resolution, crop=whole)
         if self.options.preset is not None:
             self.vae = create_autoencoder(self.options.preset)
         else:
