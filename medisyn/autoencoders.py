@@ -11,14 +11,14 @@
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, ResBlock
 from torch import Tensor, nn
 
-Autoencoder = AutoencoderKL | AutoencoderDC
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderDC
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoModel, DPMSolverMultistepScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 
+from medisyn.autoencoders import Autoencoder
 from medisyn.conditions import (
     Condition,
     ImageCondition,
@@ -51,7 +52,6 @@ __all__ = [
     "model_hash",
 ]
 
-Autoencoder = AutoencoderKL | AutoencoderDC
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ LARGEST_GUIDANCE = 100.0
 
 
 app = typer.Typer(
+    name="medisyn",
     cls=OneLineErrors,
     add_completion=False,
     rich_markup_mode=None,

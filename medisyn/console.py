@@ -39,7 +39,7 @@ class OneLineErrors(typer.core.TyperGroup):
                 code = 2 if hasattr(error, "format_message") or isinstance(error, EXPECTED) else 1
         sys.exit(code if isinstance(code, int) else 0)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Ctrl-C is an ordinary way to stop."""
         try:
             return super().invoke(ctx)

@@ -149,7 +149,7 @@ class Trainer:
             if done % loop.log_every == 0 or done == loop.steps:
                 seconds = time.monotonic() - window_start
                 metrics = {name: total / window_steps for name, total in sums.items()}
-                metrics["learning_rate"] = self.schedule.get_last_lr()[0]
+                metrics["learning_rate"] = float(self.schedule.get_last_lr()[0])
                 metrics["images_per_second"] = window_steps * loop.batch_size / max(seconds, 1e-9)
                 progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.1f} images/s")
                 self._log(done, metrics)

@@ -6,7 +6,7 @@
   latent channels that were not there read as zeros. Another text or image encoder has to be learned, of course.
 - What is newly initialised is returned by name.
 
-    add_condition(pipe, LabelsCondition(get_schema("synfundus")))   # ['class_embedding.weight', 'class_embedding.bias']
+    add_condition(pipe, LabelsCondition(get_schema("synfundus")))  # ['class_embedding.weight', 'class_embedding.bias']
 """
 
 import logging

@@ -139,7 +139,7 @@ def extract_features(
     missing = list({content: index for index, content in enumerate(hashes) if content not in known}.values())
     with tqdm(total=len(missing), desc="features", unit="image", disable=not progress or not missing) as bar:
         for start in range(0, len(missing), IMAGES_PER_SHARD):
-            shard = {}
+            shard: dict[str, np.ndarray] = {}
             indices = missing[start : start + IMAGES_PER_SHARD]
             for begin in range(0, len(indices), batch_size):
                 chunk = indices[begin : begin + batch_size]
@@ -153,7 +153,7 @@ def extract_features(
 
 
 def _read_shards(folder: Path) -> dict[str, np.ndarray]:
-    known = {}
+    known: dict[str, np.ndarray] = {}
     for path in sorted(folder.glob("*.npz")):
         with np.load(path) as shard:
             known.update(zip(shard["hashes"].tolist(), shard["features"], strict=True))

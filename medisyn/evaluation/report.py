@@ -18,7 +18,7 @@ import glob
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,9 +99,9 @@ def evaluate(
     features_of = load_extractor(extractor, pipe)
     if pipe is None:
         synthetic = _open_images(model_or_folder)
-        subject = {"images": str(synthetic.config.source)}
+        subject: dict[str, Any] = {"images": str(synthetic.config.source)}
     else:
-        arguments = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         synthetic = generate_like(pipe, real, out / "images", per, num_images, seed, batch_size, progress, **arguments)
         from ..backbone import model_hash

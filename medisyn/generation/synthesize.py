@@ -77,16 +77,14 @@ def synthesize(
     requests = [_checked(pipe, request) for request in requests]
     if not requests or batch_size < 1:
         raise ValueError(f"synthesize needs requests and a batch_size of at least 1, not {batch_size}")
-    own_scheduler = pipe.scheduler
-    settings = {
-        "num_inference_steps": num_inference_steps or _default(pipe, "num_inference_steps"),
-        "guidance_scale": _default(pipe, "guidance_scale") if guidance_scale is None else guidance_scale,
-    }
-    pipe.scheduler = own_scheduler if scheduler is None else make_scheduler(scheduler, own_scheduler.config)
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings = {name: _default(pipe, name) if value is None else value for name, value in settings.items()}
     _check_settings(pipe, settings)
+    own_scheduler = pipe.scheduler
+    sampler = own_scheduler if scheduler is None else make_scheduler(scheduler, own_scheduler.config)
     shared = {
         **settings,
-        "scheduler": type(pipe.scheduler).__name__,
+        "scheduler": type(sampler).__name__,
         "height": size,
         "width": size,
         "model": model or None,
@@ -103,6 +101,7 @@ def synthesize(
     names = [request.file_name(index) for index, request in enumerate(requests)]
     columns = [{"caption": request.prompt, **request.columns} for request in requests]
     folder = OutputFolder(out, names, records, columns, overwrite)
+    pipe.scheduler = sampler
     try:
         blocks = [
             [block[position] for position in range(start, min(start + batch_size, len(block)))]
@@ -201,7 +200,7 @@ def _same_conditions(requests: Sequence[Request]) -> Iterator[list[int]]:
 def _generate(
     pipe: MediSynPipeline, requests: Sequence[Request], arguments: Mapping[str, Any], bar: tqdm
 ) -> list[Image.Image]:
-    inputs = {
+    inputs: dict[str, Any] = {
         "prompt": [request.prompt for request in requests],
         "negative_prompt": [request.negative_prompt for request in requests],
         "labels": [request.labels for request in requests],

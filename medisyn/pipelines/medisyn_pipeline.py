@@ -194,6 +194,9 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             for encoder in (text_encoder, image_encoder):
                 if encoder is not None:
                     encoder.to(torch.float32)
+        for module in (vae, unet, text_encoder, image_encoder):
+            if module is not None:
+                _align_weights(module)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor)
         self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
@@ -352,6 +355,10 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if len(sizes) > 1:
             raise ValueError(f"embeddings of different batch sizes: {sorted(sizes)}")
         (batch_size,) = sizes
+        if "image" in kinds and "image" not in given and self.embeds_width("image") is None and "text" in given:
+            # both encoders are absent: the width of images is what the text leaves of the projection
+            width = self.unet.config.encoder_hid_dim - given["text"].shape[-1]
+            given["image"] = given["text"].new_zeros(batch_size, 1, width)
         embeds = {kind: given[kind] if kind in given else self.null_embeds(kind, batch_size) for kind in kinds}
         embeds = {kind: value.to(self.unet.device, self.unet.dtype) for kind, value in embeds.items()}
 
@@ -750,6 +757,16 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         StableDiffusionPipeline(**components, **absent).save_pretrained(folder)
         _remove_paths(Path(folder))
+
+
+def _align_weights(module: torch.nn.Module) -> None:
+    """Move weights that lie at odd addresses, as those of a mapped file do, to where PyTorch would have put them.
+
+    CPU kernels choose their code by alignment, so the last bits of an image would tell whether its model was loaded.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _remove_paths(folder: Path) -> None:

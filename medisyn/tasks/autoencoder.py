@@ -42,8 +42,9 @@ class AutoencoderTask(TrainingTask):
             self.images = self.images.drop_unreadable()
         self.validation_images = load_images(config.validation) if config.validation else None
         self.preprocess = Preprocessor.from_config(config.data)
-        whole = "pad" if config.data.crop == "pad" else "center"
-        self.preprocess_whole = Preprocessor(config.data.resolution, crop=whole)
+        self.preprocess_whole = Preprocessor(
+            config.data.resolution, crop="pad" if config.data.crop == "pad" else "center"
+        )
         if self.options.preset is not None:
             self.vae = create_autoencoder(self.options.preset)
         else:

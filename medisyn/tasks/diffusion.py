@@ -108,7 +108,7 @@ class DiffusionTask(TrainingTask):
     def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
         """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
         folder = Path(self.options.cache_dir or Path(self.config.output_dir) / "cache") / split
-        options = {
+        options: dict[str, Any] = {
             "batch_size": self.options.cache_batch_size,
             "flips": data.horizontal_flip,
             "bf16": self.config.train.mixed_precision == "bf16",
@@ -214,11 +214,12 @@ class DiffusionTask(TrainingTask):
         """Samples for the conditions of rows spread over the training data, at fixed seeds."""
         rows = np.linspace(0, len(self) - 1, PREVIEW_IMAGES).astype(int).tolist()
         embeds = self._embeds(self.data, rows)
-        embeds = {condition.embeds_name: embeds[condition.kind] for condition in self.conditions}
+        arguments: dict[str, Any] = {c.embeds_name: embeds[c.kind] for c in self.conditions}
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(rows))]
-        count = {} if embeds else {"num_images_per_prompt": len(rows)}
+        if not arguments:
+            arguments["num_images_per_prompt"] = len(rows)
         images = self.pipe(
-            **embeds, **count, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt"
+            **arguments, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt"
         ).images
         return image_grid(images * 2 - 1, columns=8)
 
