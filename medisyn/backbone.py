@@ -53,7 +53,6 @@ __all__ = [
 ]
 
 
-
 @dataclass(frozen=True)
 class Preset:
     """Configurations of the parts of a pipeline, as arguments of their stock classes."""

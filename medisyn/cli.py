@@ -189,6 +189,7 @@ def evaluate(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     seed: SeedOption = 0,
+    cache: Annotated[str | None, typer.Option(metavar="DIR", help="Keeps features for the next evaluation.")] = None,
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="Go on although the model has seen real images.")
     ] = False,
@@ -203,8 +204,9 @@ def evaluate(
     columns = None if per is None else [column.strip() for column in per.split(",")]
     if columns is not None and not all(columns):
         raise ValueError(f"--per must be column names joined by commas, not {per!r}")
-    _check_names(model_or_folder=model_or_folder, real=real, train=train, extractor=extractor, out=out)
-    check_writable(out)
+    _check_names(model_or_folder=model_or_folder, real=real, train=train, extractor=extractor, cache=cache, out=out)
+    for folder in filter(None, (out, cache)):
+        check_writable(folder)
     from .evaluation.report import evaluate as measure
 
     quiet_progress_bars()
@@ -219,6 +221,7 @@ def evaluate(
         guidance_scale=weights,
         seed=seed,
         out=out,
+        cache_dir=cache,
         allow_overlap=allow_overlap,
         progress=sys.stderr.isatty(),
     )

@@ -46,7 +46,7 @@ def test_an_unknown_prediction_type_lists_the_valid_ones():
 
 
 def test_min_snr_weights_are_the_same_loss_on_the_clean_sample_for_every_prediction_type():
-    # |eps - eps'|^2 = SNR |x - x'|^2 and |v - v'|^2 = (SNR + 1) |x - x'|^2, so the weights must undo exactly these factors
+    # |eps - eps'|^2 = SNR |x - x'|^2 and |v - v'|^2 = (SNR + 1) |x - x'|^2: the weights undo these factors
     snr = torch.tensor([0.01, 1.0, 5.0, 40.0])
     expected = torch.tensor([0.01, 1.0, 5.0, 5.0])
     assert torch.allclose(min_snr_weights(snr, 5.0, "epsilon") * snr, expected)

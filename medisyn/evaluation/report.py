@@ -87,7 +87,6 @@ def evaluate(
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     pipe = None if _is_images(model_or_folder) else _open_pipeline(model_or_folder)
     real = _open_images(real, None if pipe is None else _shipped_schema(pipe))
     train = None if train is None else _open_images(train)
@@ -97,6 +96,7 @@ def evaluate(
     real_values = nested_values(real, per)
     # Built before anything is generated, so that a missing weights file does not cost an hour.
     features_of = load_extractor(extractor, pipe)
+    out.mkdir(parents=True, exist_ok=True)
     if pipe is None:
         synthetic = _open_images(model_or_folder)
         subject: dict[str, Any] = {"images": str(synthetic.config.source)}

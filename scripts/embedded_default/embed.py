@@ -1,4 +1,4 @@
-"""Put a trained pipeline into the package as the embedded default: half precision, in files below 16 MB, at most 32 MB in all.
+"""Put a trained pipeline into the package as the embedded default: half precision, files below 16 MB, 32 MB in all.
 
 python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
 """
