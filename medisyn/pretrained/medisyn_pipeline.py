@@ -1,0 +1,778 @@
+"""MediSynPipeline: latent diffusion steered by text, image embeddings, structured labels, several of them, or none.
+
+- Every component is a stock diffusers or transformers class and this file needs nothing else. A saved model carries
+  this very file, so it loads with medisyn installed (no remote code) and without it (`trust_remote_code=True`).
+- Tokens (text, image embeddings) enter the UNet as `encoder_hidden_states`, the label vector as `class_labels`. Two
+  kinds of tokens, or tokens of another width than `cross_attention_dim`, pass the UNet's own
+  `encoder_hid_dim_type="text_proj"` in blocks: a text token is [t, 0], an image token [0, x], so that one stock linear
+  layer holds a projection for each kind.
+- Every kind has a null (the empty prompt, zeros, zeros). Guidance leads away from it, with one weight or one per kind.
+- Training uses the same `encode_*`, `unet_conditions`, `encode_latents` and `scale_latents` as sampling.
+
+    pipe = MediSynPipeline.from_pretrained("folder-or-hub-name")
+    pipe("a chest X-ray, pneumonia", generator=torch.Generator().manual_seed(0)).images[0].save("image.png")
+"""
+
+import inspect
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+_SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: diffusers' cache of remote code may hold other code later
+_IS_REMOTE_CODE = __name__.startswith("diffusers_modules.")
+
+if _IS_REMOTE_CODE:
+    # diffusers runs equally named files of different repositories in one shared module, so that a second model
+    # replaces the functions under the first. Moving this module to a name of its own makes the next one start afresh.
+    _module = sys.modules.pop(__name__)
+    __name__ = f"{__name__}_{sha256(_SOURCE.encode()).hexdigest()[:12]}"
+    sys.modules[__name__] = _module
+
+logger = logging.get_logger(__name__)
+
+EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds", "labels": "label_embeds"}
+KINDS = tuple(EMBEDS_NAMES)
+Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | Tensor
+
+
+# ---- labels as vectors ----
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """Read `"glaucoma=1, dr_grade=3"` as `{"glaucoma": "1", "dr_grade": "3"}`.
+
+    Raises:
+        ValueError: an item is not of the form `field=value`, or a field comes twice.
+    """
+    labels: dict[str, str] = {}
+    for item in text.replace(";", ",").split(","):
+        field, separator, value = (part.strip() for part in item.partition("="))
+        if not (field and separator and value):
+            raise ValueError(f"label {item.strip()!r} is not of the form field=value, as in 'glaucoma=1, dr_grade=3'")
+        if field in labels:
+            raise ValueError(f"label field {field!r} is given twice in {text!r}")
+        labels[field] = value
+    return labels
+
+
+def field_values(field: Mapping) -> list[str]:
+    """The slots of a schema field's one-hot group, in order; those of a binary field are "0" (no) and "1" (yes)."""
+    return ["0", "1"] if field["type"] == "binary" else [str(value) for value in field["values"]]
+
+
+def label_width(schema: Mapping) -> int:
+    """The length of the label vector of a schema."""
+    return sum(len(field_values(field)) for field in schema["fields"].values())
+
+
+def label_field(schema: Mapping, name: str) -> str:
+    """The code of a field given by code or display name, in any case. Raises ValueError listing the fields."""
+
+    def plain(text: str) -> str:
+        return text.strip().lower().replace(" ", "_").replace("-", "_")
+
+    displays = {code: field.get("display") or code for code, field in schema["fields"].items()}
+    for code, display in displays.items():
+        if plain(str(name)) in (plain(code), plain(display)):
+            return code
+    valid = ", ".join(code if plain(code) == plain(shown) else f"{code} ({shown})" for code, shown in displays.items())
+    raise ValueError(f"label field {name!r} is not in the schema {schema.get('name', '')!r}; its fields are: {valid}")
+
+
+def label_value(schema: Mapping, code: str, value: Any) -> str | None:
+    """The slot of a field's value; None for unknown (None, NaN, "", "unknown"). Raises ValueError listing them."""
+    field = schema["fields"][code]
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or value != value:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().lower()
+    if field["type"] == "binary":
+        text = {"no": "0", "false": "0", "yes": "1", "true": "1"}.get(text, text)
+    for slot in field_values(field):
+        if text == slot.lower():
+            return slot
+    if text in ("", "unknown", "nan", "none"):
+        return None
+    raise ValueError(f"label {code}={value!r} is not valid; valid are: {', '.join(field_values(field))}, unknown")
+
+
+def label_vector(schema: Mapping, labels: Mapping[str, Any] | str | None) -> list[float]:
+    """One-hot groups in field order, all zeros in the group of an unknown field; so None is the zero vector.
+
+    Args:
+        schema: `{"name": ..., "fields": {code: {"type": "binary" | "ordinal" | "categorical", "values": [...],
+            "display": ...}}}`.
+        labels: values by field code or display name, or a string for `parse_labels`.
+
+    Raises:
+        ValueError: a field or a value outside the schema; the message lists the valid ones.
+    """
+    labels = parse_labels(labels) if isinstance(labels, str) else labels or {}
+    chosen: dict[str, str | None] = {}
+    for name, value in labels.items():
+        code = label_field(schema, name)
+        if code in chosen:
+            raise ValueError(f"label field {code!r} is given twice, the second time as {name!r}")
+        chosen[code] = label_value(schema, code, value)
+    slots = [(code, slot) for code, field in schema["fields"].items() for slot in field_values(field)]
+    return [float(chosen.get(code) == slot) for code, slot in slots]
+
+
+# ---- the pipeline ----
+
+
+class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Latent diffusion with text, image-embedding and label conditions.
+
+    Args:
+        vae: `AutoencoderKL`, or the deterministic `AutoencoderDC`.
+        unet: wired for the conditions as the module's docstring says.
+        scheduler: any diffusers scheduler for epsilon, v or sample prediction.
+        text_encoder: any transformers text encoder that returns `last_hidden_state`.
+        tokenizer: its tokenizer; `model_max_length` is the window that prompts are padded to.
+        image_encoder: a vision transformer of transformers (DINOv2, with registers, DINOv3, CLIP vision).
+        feature_extractor: its image processor.
+        label_schema: see `label_vector`.
+        image_tokens: "global" (one token) or "patch" (all patch tokens).
+        conditions: the kinds that the UNet was built for, such as "text+labels"; by default those of the components. A
+            model saved without its encoders keeps it and takes `prompt_embeds` and `image_embeds`.
+
+    Raises:
+        ValueError: an unknown kind in `image_tokens` or `conditions`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "image_encoder", "feature_extractor"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderDC,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_encoder: PreTrainedModel | None = None,
+        feature_extractor: BaseImageProcessor | None = None,
+        label_schema: dict | None = None,
+        image_tokens: str = "global",
+        conditions: str | None = None,
+    ) -> None:
+        """Register the components; see the class."""
+        super().__init__()
+        if image_tokens not in ("global", "patch"):
+            raise ValueError(f"image_tokens {image_tokens!r} is not one of: global, patch")
+        if conditions is None:
+            present = zip(KINDS, (text_encoder, image_encoder, label_schema), strict=True)
+            conditions = "+".join(kind for kind, component in present if component is not None) or None
+        elif not set(conditions.split("+")) <= set(KINDS):
+            raise ValueError(f"conditions {conditions!r} are not some of: {', '.join(KINDS)}, joined by '+'")
+        if _IS_REMOTE_CODE and unet is not None and unet.dtype == torch.float32:
+            # without a dtype diffusers loads models as float32 and transformers as saved; `from_pretrained` below
+            # settles that, but DiffusionPipeline.from_pretrained with remote code does not pass through it
+            for encoder in (text_encoder, image_encoder):
+                if encoder is not None:
+                    encoder.to(torch.float32)
+        for module in (vae, unet, text_encoder, image_encoder):
+            if module is not None:
+                _align_weights(module)
+        self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor)
+        self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
+        self.vae_scale_factor = 8
+        if vae is not None:
+            channels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+            self.vae_scale_factor = 2 ** (len(channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, do_convert_rgb=True)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of condition of this model, some of ("text", "image", "labels"), in that order."""
+        recorded = (self.config.conditions or "").split("+")
+        return tuple(kind for kind in KINDS if kind in recorded)
+
+    @property
+    def label_schema(self) -> dict | None:
+        """The label schema as plain data, or None."""
+        return self.config.label_schema
+
+    @property
+    def guidance_scale(self) -> float | Mapping[str, float]:
+        """The guidance of the running or last call; a callback may change `_guidance_scale` between steps."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of timesteps of the running or last call."""
+        return self._num_timesteps
+
+    # ---- conditions ----
+
+    @property
+    def text_window(self) -> int:
+        """How many tokens of a prompt the text encoder sees, special tokens included."""
+        return min(self.tokenizer.model_max_length, getattr(self.text_encoder.config, "max_position_embeddings", 512))
+
+    def encode_prompt(self, prompt: str | Sequence[str | None]) -> Tensor:
+        """Text tokens (B, T, text_width) of B prompts, padded to the window; differentiable. None is the empty prompt.
+
+        Prompts longer than the window are counted in a warning.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else [text or "" for text in prompt]
+        window = self.text_window
+        lengths = [len(ids) for ids in self.tokenizer(prompts, verbose=False).input_ids]
+        long = [text for text, length in zip(prompts, lengths, strict=True) if length > window]
+        if long:
+            logger.warning(
+                f"{len(long)} of {len(prompts)} prompts are longer than the text encoder's window of {window} tokens "
+                f"(up to {max(lengths)}); what is past it has no effect. The first one begins: {long[0][:60]!r}"
+            )
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=window, truncation=True, return_tensors="pt"
+        ).to(self.text_encoder.device)
+        # CLIP was trained without a padding mask (its attention is causal), other encoders with one
+        mask = None if self.text_encoder.config.model_type == "clip_text_model" else tokens.attention_mask
+        prompt_embeds = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+        return prompt_embeds
+
+    def encode_image(self, image: Images) -> Tensor:
+        """Image tokens (B, 1, image_width), or (B, patches, image_width) for `image_tokens="patch"`.
+
+        Args:
+            image: PIL images, or arrays ([B,] H, W, 3) or tensors ([B,] 3, H, W) in [0, 1].
+        """
+        parts = image if isinstance(image, (list, tuple)) else [image]
+        images = [one for part in parts for one in (part if getattr(part, "ndim", 3) == 4 else [part])]
+        if images and all(isinstance(one, PIL.Image.Image) for one in images):
+            inputs = self.feature_extractor([one.convert("RGB") for one in images], return_tensors="pt")
+        elif images and all(isinstance(one, (np.ndarray, Tensor)) and one.ndim == 3 for one in images):
+            inputs = self.feature_extractor(images, do_rescale=False, return_tensors="pt")
+        else:
+            raise ValueError(f"image must be PIL images, arrays (H, W, 3) or tensors (3, H, W), not {image!r:.60}")
+        encoder = self.image_encoder
+        output = encoder(inputs.pixel_values.to(encoder.device, encoder.dtype))
+        if self.config.image_tokens == "patch":  # the global token and the registers come first
+            return output.last_hidden_state[:, 1 + getattr(encoder.config, "num_register_tokens", 0) :]
+        pooled = output.get("pooler_output")
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled)[:, None]
+
+    def encode_labels(self, labels: Mapping | str | None | Sequence[Mapping | str | None] | Tensor) -> Tensor:
+        """Label vectors (B, K) float, see `label_vector`; a tensor (B, K) is passed through."""
+        if isinstance(labels, Tensor):
+            return labels
+        rows = labels if isinstance(labels, (list, tuple)) else [labels]
+        if not all(row is None or isinstance(row, (str, Mapping)) for row in rows):
+            raise ValueError(f"labels must be a dict, a string 'field=value, ...' or a list of them, not {labels!r}")
+        return torch.tensor([label_vector(self.label_schema, row) for row in rows], device=self._execution_device)
+
+    def null_embeds(self, kind: str, batch_size: int = 1) -> Tensor:
+        """What stands for "no condition" of a kind: the empty prompt, zero image tokens, the zero label vector.
+
+        Raises:
+            ValueError: an unknown kind, or text without a text encoder.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"condition kind {kind!r} is not one of: {', '.join(KINDS)}")
+        if kind == "text":
+            if self.text_encoder is None:
+                raise ValueError("this pipeline has no text encoder for the empty prompt: pass negative_prompt_embeds")
+            return self.encode_prompt([""]).expand(batch_size, -1, -1)
+        shape = (batch_size, self.embeds_width(kind))
+        if kind == "image":
+            shape = (batch_size, self._num_image_tokens(), shape[1])
+        return torch.zeros(shape, dtype=self.unet.dtype, device=self._execution_device)
+
+    def embeds_width(self, kind: str) -> int | None:
+        """The width of a kind's embeddings; None where neither an encoder nor the UNet's wiring tells."""
+        if kind == "labels":
+            return self.unet.config.projection_class_embeddings_input_dim
+        encoders = {"text": self.text_encoder, "image": self.image_encoder}
+        if encoders[kind] is not None:
+            config = encoders[kind].config
+            return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+        entrance = self.unet.config.encoder_hid_dim or self.unet.config.cross_attention_dim
+        others = [other for other in self.kinds if other in encoders and other != kind]
+        if kind not in self.kinds or any(encoders[other] is None for other in others):
+            return None
+        return entrance - sum(self.embeds_width(other) for other in others)
+
+    def _num_image_tokens(self) -> int:
+        if self.config.image_tokens == "global" or self.image_encoder is None:
+            return 1
+        size = getattr(self.feature_extractor, "crop_size", None) or self.feature_extractor.size
+        patch = self.image_encoder.config.patch_size
+        return (size["height"] // patch) * (size["width"] // patch)
+
+    def unet_conditions(
+        self,
+        prompt_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        label_embeds: Tensor | None = None,
+        batch_size: int = 1,
+    ) -> dict[str, Tensor]:
+        """The UNet's keyword arguments: `encoder_hidden_states` (B, T, D), for labels `class_labels` (B, K).
+
+        A kind that the model has and the caller leaves out is its null. Beside text, a null image token (all zeros) is
+        masked by `encoder_attention_mask` (B, T), so that it draws no attention from the text.
+
+        Args:
+            prompt_embeds: (B, T, text_width).
+            image_embeds: (B, T, image_width).
+            label_embeds: (B, K).
+            batch_size: counts only if no embeddings are given.
+
+        Raises:
+            ValueError: embeddings of a kind that the model does not have, or of different batch sizes.
+        """
+        given = dict(zip(KINDS, (prompt_embeds, image_embeds, label_embeds), strict=True))
+        given = {kind: embeds for kind, embeds in given.items() if embeds is not None}
+        kinds = self.kinds or tuple(given)  # a pipeline made without encoders takes embeddings at their word
+        foreign = [kind for kind in given if kind not in kinds]
+        sizes = {len(embeds) for embeds in given.values()} or {batch_size}
+        if foreign:
+            raise ValueError(f"this model has no {' or '.join(foreign)} condition; it has: {', '.join(kinds)}")
+        if len(sizes) > 1:
+            raise ValueError(f"embeddings of different batch sizes: {sorted(sizes)}")
+        (batch_size,) = sizes
+        if "image" in kinds and "image" not in given and self.embeds_width("image") is None and "text" in given:
+            # both encoders are absent: the width of images is what the text leaves of the projection
+            width = self.unet.config.encoder_hid_dim - given["text"].shape[-1]
+            given["image"] = given["text"].new_zeros(batch_size, 1, width)
+        embeds = {kind: given[kind] if kind in given else self.null_embeds(kind, batch_size) for kind in kinds}
+        embeds = {kind: value.to(self.unet.device, self.unet.dtype) for kind, value in embeds.items()}
+
+        conditions = {}
+        tokens = [embeds[kind] for kind in ("text", "image") if kind in embeds]
+        if len(tokens) == 2:
+            text, image = tokens
+            seen = [torch.ones_like(text[..., 0], dtype=torch.bool), (image != 0).any(dim=-1)]
+            conditions["encoder_attention_mask"] = torch.cat(seen, dim=1)
+            pad = torch.nn.functional.pad
+            tokens = [torch.cat([pad(text, (0, image.shape[-1])), pad(image, (text.shape[-1], 0))], dim=1)]
+        elif not tokens:
+            width = self.unet.config.encoder_hid_dim or self.unet.config.cross_attention_dim
+            tokens = [torch.zeros(batch_size, 1, width, dtype=self.unet.dtype, device=self.unet.device)]
+        conditions["encoder_hidden_states"] = tokens[0]
+        if "labels" in embeds:
+            conditions["class_labels"] = embeds["labels"]
+        return conditions
+
+    # ---- latents ----
+
+    def encode_latents(self, images: Tensor) -> dict[str, Tensor]:
+        """The moments of images (B, 3, H, W) in [-1, 1], unscaled: "mean" and, for `AutoencoderKL`, "logvar"."""
+        output = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
+        if "latent_dist" in output:
+            return {"mean": output.latent_dist.mean, "logvar": output.latent_dist.logvar}
+        return {"mean": output.latent}
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """From the autoencoder's scale to the UNet's: (z - shift) * scale."""
+        return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """From the UNet's scale to the autoencoder's: z / scale + shift."""
+        return latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of latents on the UNet's scale."""
+        latents = self.unscale_latents(latents).to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
+
+    # ---- sampling ----
+
+    def check_conditions(self, given: Mapping[str, Any]) -> None:
+        """Raise a ValueError for condition arguments that this model cannot use; the message names the valid ones."""
+        valid = ", ".join(self.kinds) or "none"
+        kind_of = {"prompt": "text", "negative_prompt": "text", "negative_prompt_embeds": "text", "image": "image"}
+        kind_of |= {"labels": "labels"} | {name: kind for kind, name in EMBEDS_NAMES.items()}
+        needed = {"prompt": "text_encoder", "negative_prompt": "text_encoder", "image": "image_encoder"}
+        needed |= {"labels": "label_schema"}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            kind, component = kind_of[name], needed.get(name)
+            if kind not in self.kinds and (self.kinds or component):
+                raise ValueError(f"{name}: this model has no {kind} condition; its conditions are: {valid}")
+            if component and getattr(self, component) is None:
+                raise ValueError(f"{name}: this pipeline has no {component}; pass embeddings instead")
+            shape = "(batch, width)" if name == "label_embeds" else "(batch, tokens, width)"
+            if not component and not (isinstance(value, Tensor) and value.ndim == shape.count(",") + 1):
+                raise ValueError(f"{name} must be a tensor {shape}, not {getattr(value, 'shape', value)}")
+            if name in ("prompt", "negative_prompt"):
+                texts = [value] if isinstance(value, str) else value
+                if not isinstance(texts, (list, tuple)) or not all(
+                    isinstance(one, (str, type(None))) for one in texts
+                ):
+                    raise ValueError(f"{name} must be a string or a list of strings, not {value!r}")
+                if name == "prompt" and not all(one is None or one.strip() for one in texts or [""]):
+                    raise ValueError("prompt is empty: describe the image, or pass None for no text condition")
+        for name, twin in (
+            ("prompt", "prompt_embeds"),
+            ("image", "image_embeds"),
+            ("labels", "label_embeds"),
+            ("negative_prompt", "negative_prompt_embeds"),
+        ):
+            if name in given and twin in given:
+                raise ValueError(f"both {name} and {twin} are given; pass one of them")
+
+    def check_inputs(
+        self, steps, scale, interval, num_images, height, width, generator, init_image, strength, output_type, tensors
+    ) -> None:
+        """Raise a ValueError that names the argument, its value and what is valid."""
+        kinds, factor = self.kinds or KINDS, self.vae_scale_factor
+        for name, value, unit in (
+            ("num_inference_steps", steps, 1),
+            ("num_images_per_prompt", num_images, 1),
+            ("height", height, factor),
+            ("width", width, factor),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % unit:
+                valid = "a positive whole number" if unit == 1 else f"a positive multiple of {unit}"
+                raise ValueError(f"{name} must be {valid}, not {value!r}")
+        for kind, weight in (scale if isinstance(scale, Mapping) else {kinds[0]: scale}).items():
+            if kind not in kinds:
+                raise ValueError(f"guidance_scale has {kind!r}; this model's conditions are: {', '.join(kinds)}")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"guidance_scale must be a finite number, or one for each kind, not {scale!r}")
+        if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
+            raise ValueError(f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {interval!r}")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        if not all(one is None or isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
+        if init_image is not None and not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength must be above 0 and at most 1, not {strength!r}")
+        if init_image is not None and not hasattr(self.scheduler, "add_noise"):
+            raise ValueError(
+                f"init_image needs a scheduler with add_noise, which {type(self.scheduler).__name__} lacks"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is not one of: pil, np, pt, latent")
+        if not set(tensors) <= set(self._callback_tensor_inputs):
+            valid = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs {list(tensors)} are not some of: {valid}")
+
+    def _encode(self, given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The embeddings of the kinds that a call uses, and the nulls of the same kinds; (1 or B, ...) each."""
+        negative = given["negative_prompt_embeds"]
+        if given["negative_prompt"] is not None:
+            negative = self.encode_prompt(given["negative_prompt"])
+        embeds: dict[str, Tensor] = {}
+        for kind, name in zip(KINDS, ("prompt", "image", "labels"), strict=True):
+            if given[name] is not None:
+                encode = {"text": self.encode_prompt, "image": self.encode_image, "labels": self.encode_labels}[kind]
+                embeds[kind] = encode(given[name])
+            elif given[EMBEDS_NAMES[kind]] is not None:
+                embeds[kind] = given[EMBEDS_NAMES[kind]]
+                width = self.embeds_width(kind) or embeds[kind].shape[-1]
+                if embeds[kind].shape[-1] != width:
+                    wrong = embeds[kind].shape[-1]
+                    raise ValueError(f"{EMBEDS_NAMES[kind]} have the width {wrong}; this model's is {width}")
+            elif kind == "text" and negative is not None:
+                embeds[kind] = self.null_embeds(kind)
+        nulls = {kind: torch.zeros_like(value[:1]) for kind, value in embeds.items()}
+        if "text" in embeds:
+            scale = self._guidance_scale
+            guided = any(weight != 1.0 for weight in (scale.values() if isinstance(scale, Mapping) else [scale]))
+            if negative is not None:
+                nulls["text"] = negative
+            elif self.text_encoder is not None or guided:  # without guidance no null is looked at
+                nulls["text"] = self.null_embeds("text")
+            null, text = tuple(nulls["text"].shape[1:]), tuple(embeds["text"].shape[1:])
+            if null != text:
+                raise ValueError(f"null and text embeddings differ in (tokens, width): {null} and {text}")
+        return embeds, nulls
+
+    def _guidance_stages(
+        self, kinds: Sequence[str], t: Tensor, interval: tuple[float, float]
+    ) -> list[tuple[int, float]]:
+        """Which predictions guidance combines at timestep t: (number of kinds switched on, weight of the step to it).
+
+        The chain is e_0 + w_1 (e_1 - e_0) + w_2 (e_2 - e_1) + ..., where e_i has the first i kinds on and the others
+        at their nulls (Brooks et al. 2023, eq. 3, for two kinds). Steps of equal weight telescope, so one number for
+        all kinds is classifier-free guidance (Ho & Salimans 2022, eq. 6) with two predictions, and weights of 1 need
+        only e_n. Outside `interval` all weights are 1 (Kynkäänniemi et al. 2024, section 3.1).
+        """
+        low, high = interval
+        time = float(t) / self.scheduler.config.num_train_timesteps
+        active = (low == 0.0 or low <= time) and (high == 1.0 or time <= high)  # some schedulers leave the range 0..1
+        scale = self._guidance_scale if active else 1.0
+        weights = [1.0] + [scale.get(kind, 1.0) if isinstance(scale, Mapping) else scale for kind in kinds]
+        return [(i, w) for i, w in enumerate(weights) if i == len(kinds) or w != weights[i + 1]]
+
+    def _stage_conditions(self, stages, embeds: Mapping[str, Tensor], nulls, count: int) -> dict[str, Tensor]:
+        """`unet_conditions` of the stages of guidance, one after the other along the batch."""
+        parts = []
+        for switched_on in stages:
+            chosen = {kind: embeds[kind] if i < switched_on else nulls[kind] for i, kind in enumerate(embeds)}
+            chosen = {EMBEDS_NAMES[kind]: value for kind, value in chosen.items()}
+            parts.append(self.unet_conditions(**chosen, batch_size=count))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def prepare_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
+        """The timesteps to run through, the last part of the schedule by `strength`, and how many steps they make."""
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        steps = max(int(num_inference_steps * strength), 1)
+        skipped = (num_inference_steps - steps) * self.scheduler.order
+        if skipped and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(skipped)
+        return self.scheduler.timesteps[skipped:], steps
+
+    def prepare_latents(self, shape: tuple[int, ...], generator, latents, init_latents, timestep: Tensor) -> Tensor:
+        """Where sampling starts: noise on the scheduler's scale, or `init_latents` with the noise of `timestep`."""
+        device = self._execution_device
+        if latents is None:
+            # float32 whatever the model's precision, so that a seed means the same image in all of them
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}; these images need {shape}")
+        latents = latents.to(device, self.unet.dtype)
+        if init_latents is None:
+            return latents * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(init_latents.to(latents), latents, timestep.expand(shape[0]))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str | None] | None = None,
+        image: Images | None = None,
+        labels: Mapping | str | Sequence[Mapping | str | None] | None = None,
+        prompt_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        label_embeds: Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float | Mapping[str, float] = 3.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        init_image: Images | None = None,
+        strength: float = 0.8,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        negative_prompt_embeds: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images. A kind of condition that is left out is at its null; one value serves a whole batch.
+
+        Args:
+            prompt: text; None in a list is an image without a text condition.
+            image: images whose embeddings condition the result (`init_image` is the one to start from).
+            labels: a dict, a string "field=value, ..." or a list of them; unknown fields may be left out.
+            prompt_embeds: (B, T, text_width) in place of `prompt`.
+            image_embeds: (B, T, image_width) in place of `image`.
+            label_embeds: (B, K) in place of `labels`.
+            negative_prompt: takes the place of the empty prompt in guidance.
+            num_inference_steps: sampling steps.
+            guidance_scale: one weight, or one per kind, `{"text": 4.0, "labels": 1.5}`; kinds left out have 1.
+            guidance_interval: where guidance is on, in fractions of the training timesteps.
+            num_images_per_prompt: images for each element of the batch.
+            height: in pixels; by default the size that the UNet was trained on.
+            width: in pixels.
+            generator: one, or one for each image; with one each, an image does not depend on the batch around it.
+            latents: (N, C, h, w) standard normal noise in place of drawn noise.
+            init_image: start from these images with noise added: PIL, or arrays or tensors in [0, 1].
+            strength: how far to go back in the noise schedule with `init_image`, in (0, 1].
+            output_type: "pil", "np" (N, H, W, 3) or "pt" (N, 3, H, W) in [0, 1], or "latent" on the UNet's scale.
+            return_dict: whether to return an `ImagePipelineOutput` or a tuple.
+            callback_on_step_end: `callback(pipe, step, timestep, tensors)`, which may return changed tensors.
+            callback_on_step_end_tensor_inputs: what the callback gets, some of `_callback_tensor_inputs`.
+            negative_prompt_embeds: (1 or B, T, text_width) in place of `negative_prompt`.
+            cross_attention_kwargs: for the UNet's attention, such as `{"scale": 0.5}` for the weight of a LoRA.
+
+        Raises:
+            ValueError: an argument that this model cannot use; the message names the valid ones.
+        """
+        # 1. check
+        size = self.unet.config.sample_size or 64
+        rows, columns = (size, size) if isinstance(size, int) else size
+        height = rows * self.vae_scale_factor if height is None else height
+        width = columns * self.vae_scale_factor if width is None else width
+        given = {"prompt": prompt, "image": image, "labels": labels, "negative_prompt": negative_prompt}
+        given |= {"prompt_embeds": prompt_embeds, "image_embeds": image_embeds, "label_embeds": label_embeds}
+        given |= {"negative_prompt_embeds": negative_prompt_embeds}
+        counts = (num_images_per_prompt, height, width)
+        others = (generator, init_image, strength, output_type, callback_on_step_end_tensor_inputs)
+        self.check_conditions(given)
+        self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, *counts, *others)
+        self._guidance_scale = guidance_scale
+
+        # 2. encode: embeddings and nulls of the kinds in use, and the image to start from
+        embeds, nulls = self._encode(given)
+        inputs = embeds | {f"negative {kind}": null for kind, null in nulls.items()}
+        if init_image is not None:
+            pixels = self.image_processor.preprocess(init_image, height=height, width=width)
+            inputs["init_image"] = self.scale_latents(self.encode_latents(pixels)["mean"])
+        lengths = {name: len(value) for name, value in inputs.items()}
+        batch_size = max(lengths.values(), default=1)
+        if not set(lengths.values()) <= {1, batch_size}:
+            raise ValueError(f"inputs of different lengths: {', '.join(f'{name} {n}' for name, n in lengths.items())}")
+        count = batch_size * num_images_per_prompt
+        generator = list(generator) if isinstance(generator, (list, tuple)) else generator
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} images; pass one, or one for each image")
+
+        def per_image(values: Tensor) -> Tensor:  # (1 or B, ...) -> (N, ...)
+            return values.expand(batch_size, *values.shape[1:]).repeat_interleave(num_images_per_prompt, dim=0)
+
+        embeds, nulls = ({kind: per_image(value) for kind, value in part.items()} for part in (embeds, nulls))
+        init_latents = per_image(inputs["init_image"]) if init_image is not None else None
+
+        # 3. timesteps
+        timesteps, steps = self.prepare_timesteps(num_inference_steps, 1.0 if init_image is None else strength)
+        self._num_timesteps = len(timesteps)
+
+        # 4. latents
+        shape = (count, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        latents = self.prepare_latents(shape, generator, latents, init_latents, timesteps[:1])
+
+        # 5. denoise
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
+        conditions: dict[tuple[int, ...], dict[str, Tensor]] = {}  # by the stages of guidance in use
+        with self.progress_bar(total=steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                stages = self._guidance_stages(tuple(embeds), t, guidance_interval)
+                numbers = tuple(number for number, _ in stages)
+                if numbers not in conditions:
+                    conditions[numbers] = self._stage_conditions(numbers, embeds, nulls, count)
+                model_input = self.scheduler.scale_model_input(torch.cat([latents] * len(stages)), t)
+                predictions = self.unet(
+                    model_input.to(self.unet.dtype),
+                    t,
+                    **conditions[numbers],
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    return_dict=False,
+                )[0].chunk(len(stages))
+                prediction = predictions[0]
+                for (_, weight), before, after in zip(stages[1:], predictions[:-1], predictions[1:], strict=True):
+                    prediction = prediction + weight * (after - before)
+                latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update(steps * (i + 1) // len(timesteps) - steps * i // len(timesteps))
+
+        # 6. decode
+        images = latents
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---- saving and loading ----
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "MediSynPipeline":
+        """As `DiffusionPipeline.from_pretrained`, with float32 for all components unless a `dtype` is given."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32  # transformers' own default is the precision of the file
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        # a published index names its code file, ["medisyn_pipeline", "MediSynPipeline"]; this class is that code
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list) and index["_class_name"][-1] == cls.__name__:
+            index["_class_name"] = cls.__name__
+        return index
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Write `model_index.json` and, beside it, this file; `save_pretrained` calls it last.
+
+        No local path stays in any configuration. The hashes of the training images (`training_images.json`) go along
+        from the folder that the pipeline was loaded from.
+        """
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        folder = Path(save_directory)
+        (folder / "medisyn_pipeline.py").write_text(_SOURCE, encoding="utf-8")
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        index["_class_name"] = ["medisyn_pipeline", "MediSynPipeline"]
+        index["label_schema"] = self.label_schema  # diffusers sorts keys; the order of fields is that of the vector
+        index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _remove_paths(folder)
+        hashes = Path(self.config.get("_name_or_path") or folder) / "training_images.json"
+        if hashes.is_file() and not (folder / hashes.name).exists():
+            shutil.copyfile(hashes, folder / hashes.name)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs) -> None:
+        """As in diffusers; a pipeline without a text encoder takes adapters that have UNet weights only."""
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+        elif any(key.startswith(f"{cls.text_encoder_name}.") for key in state_dict):
+            raise ValueError("this adapter has text encoder weights, but the pipeline has no text encoder")
+
+    def export_stable_diffusion(self, folder: str | Path) -> None:
+        """Save as a plain `StableDiffusionPipeline` that gives the same images for the same latents.
+
+        Raises:
+            ValueError: the model is not text-only with a CLIP text encoder and an AutoencoderKL, or that pipeline
+                would treat its latents, prompts or schedule in another way.
+        """
+        scheduler, vae, text = self.scheduler.config, self.vae, self.text_encoder
+        is_text_only = self.kinds == ("text",) and isinstance(text, CLIPTextModel)
+        obstacles = {
+            f"its conditions are {', '.join(self.kinds) or 'none'}, not text alone": self.kinds != ("text",),
+            "its text encoder is not a CLIPTextModel": not isinstance(text, CLIPTextModel),
+            "its autoencoder is not an AutoencoderKL": not isinstance(vae, AutoencoderKL),
+            "its latents have a shift": bool(vae.config.get("shift_factor")),
+            "its window is not the tokenizer's": is_text_only and self.text_window != self.tokenizer.model_max_length,
+            "its scheduler clips samples": scheduler.get("clip_sample", False),
+            "its scheduler has a steps_offset other than 1": scheduler.get("timestep_spacing") == "leading"
+            and scheduler.get("steps_offset", 1) != 1,
+        }
+        if any(obstacles.values()):
+            reasons = "; ".join(reason for reason, is_true in obstacles.items() if is_true)
+            raise ValueError(f"this model cannot be saved as a StableDiffusionPipeline: {reasons}")
+        components = {"vae": vae, "text_encoder": text, "tokenizer": self.tokenizer, "unet": self.unet}
+        components["scheduler"] = type(self.scheduler).from_config(scheduler)  # that pipeline changes its scheduler
+        absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        StableDiffusionPipeline(**components, **absent).save_pretrained(folder)
+        _remove_paths(Path(folder))
+
+
+def _align_weights(module: torch.nn.Module) -> None:
+    """Move weights that lie at odd addresses, as those of a mapped file do, to where PyTorch would have put them.
+
+    CPU kernels choose their code by alignment, so the last bits of an image would tell whether its model was loaded.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
+def _remove_paths(folder: Path) -> None:
+    """Take the place that components were loaded from out of the configuration files of a saved pipeline."""
+    for file in [folder / "model_index.json", *folder.glob("*/*config.json")]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "name_or_path")}
+        if kept != config:
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
