@@ -37,6 +37,8 @@ def initialize_from_pca(vae: AutoencoderDC, images: Tensor) -> None:
     Raises:
         ValueError: another architecture.
     """
+    if not isinstance(vae, AutoencoderDC):
+        raise ValueError(f"the PCA start (pca_images) needs an AutoencoderDC, not a {type(vae).__name__}")
     config = vae.config
     blocks = [module for module in vae.encoder.modules() if isinstance(module, DCDownBlock2d)]
     if config.encoder_layers_per_block[0] != 0 or config.encoder_out_shortcut or not all(b.downsample for b in blocks):

@@ -153,8 +153,9 @@ def create_pipeline(
     Args:
         preset: a preset's name for a model from scratch (seed torch first where its weights must be reproducible),
             or a folder or Hub name to start from, whose UNet is then adapted.
-        conditions: `Condition` objects, or names: "text" (a small encoder and a tokenizer of `medisyn.prompts`),
-            "text:<encoder>", "image:<encoder>", "labels:<schema>". Empty: unconditional, or those of the start.
+        conditions: `Condition` objects, or names: "text:<encoder>", "image:<encoder>", "labels:<schema>". A bare
+            kind is the start's own condition; where there is none, "text" is a small new encoder with a tokenizer of
+            `medisyn.prompts`. Empty: unconditional, or those of the start.
         vae: an autoencoder, or the folder or Hub name of one; by default the preset's or the start's own.
 
     Raises:
@@ -170,7 +171,7 @@ def create_pipeline(
             pipe = MediSynPipeline(**pipe.components | {"vae": vae}, **_settings(pipe))
         width = pipe.unet.config.cross_attention_dim
         if conditions or pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-            adapt_unet(pipe, [_condition(one, width) for one in conditions] or conditions_of(pipe))
+            adapt_unet(pipe, [_condition(one, width, pipe) for one in conditions] or conditions_of(pipe))
         return pipe
 
     shape = PRESETS[preset]
@@ -203,11 +204,13 @@ def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
     return {name: pipe.config[name] for name in ("label_schema", "image_tokens", "conditions")}
 
 
-def _condition(condition: Condition | str, width: int) -> Condition:
+def _condition(condition: Condition | str, width: int, start: MediSynPipeline | None = None) -> Condition:
     if not isinstance(condition, str):
         return condition
     kind, _, name = condition.partition(":")
-    get_condition(kind)  # raises for an unknown kind
+    condition_class = get_condition(kind)  # raises for an unknown kind
+    if not name and start is not None and kind in start.kinds:
+        return condition_class.from_pipeline(start)
     if kind == "text" and not name:
         return TextCondition.from_captions(vocabulary(), hidden_size=width)
     if kind == "text":

@@ -26,7 +26,6 @@ KINDS = ("text", "image", "labels")
 DEFAULT = "default"  # names the embedded model where a name is needed
 LARGEST_GUIDANCE = 100.0
 
-
 app = typer.Typer(
     name="medisyn",
     cls=OneLineErrors,
@@ -125,7 +124,7 @@ def generate(
             shared[name] = Path(path)
             read_image(shared[name])
     requests = make_requests(templates or [Request()], num_images, seed, **shared)
-    name = _folder_name("demo" if demo else requests[0].slug(), asked)
+    name = _folder_name("demo" if demo else requests[0].slug(), asked, len(templates))
     folder = Path("outputs") / name if out is None else Path(out)
     check_writable(folder)
 
@@ -303,9 +302,10 @@ def _templates(prompts: list[str], labels: list[str], demo: bool, prompts_file: 
     return [Request(**{**vars(template), "labels": one}) for template in templates or [Request()] for one in parsed]
 
 
-def _folder_name(slug: str, asked: dict[str, Any]) -> str:
-    """A folder of its own for each request; more images of the same request go to the same one."""
-    identity = {name: value for name, value in asked.items() if name not in ("num_images", "batch_size") and value}
+def _folder_name(slug: str, asked: dict[str, Any], prompts: int) -> str:
+    """A folder for each request; more images of a single prompt, which keep their numbers, go to the same one."""
+    identity = asked | {"batch_size": None, "num_images": asked["num_images"] if prompts > 1 else None}
+    identity = {name: value for name, value in identity.items() if value}
     return f"{slug}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]}"
 
 

@@ -50,7 +50,7 @@ class DataConfig:
     balance_columns: tuple[str, ...] = ()  # draw rows by (1 / frequency of these columns' values) ** balance_power
     balance_power: Fraction = 0.5
     on_error: Literal["raise", "skip"] = "raise"  # an image that cannot be read: stop, or count and skip
-    num_workers: Count = 0  # processes that decode images (not used with cached latents)
+    num_workers: Count = 0  # processes that load batches; of use where images are decoded in training
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TextConditionConfig:
     train_encoder: bool = False  # train the text encoder along with the UNet
     hidden_size: Positive = 192  # of the encoder that is built when none is named
     num_layers: Positive = 2
-    max_length: Positive = 24  # tokens
+    max_length: Positive | None = None  # tokens; None: the encoder's own window, 24 for one built from the captions
     dropout: Fraction = 0.1  # probability of replacing the condition by its null
 
 
@@ -126,6 +126,7 @@ class DiffusionTaskConfig:
     vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
     conditions: tuple[ConditionConfig, ...] = ()  # exactly these; empty: none, or those of `base` with frozen encoders
     joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
+    # schedule of a new model; a model that starts from `base` keeps that of the base
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"
     zero_terminal_snr: bool = False  # rescale the betas (Lin et al. 2024); needs v_prediction or sample
@@ -182,7 +183,8 @@ class TrainConfig:
     output_dir: str  # run folder; running the same configuration again resumes it
     data: DataConfig
     task: TaskConfig
-    validation: DataConfig | None = None
+    validation: DataConfig | None = None  # images that are not trained on, for metrics and previews
+    validation_fraction: Fraction = 0.0  # or hold out this share of data's groups (patients), by data.group_column
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
 
@@ -193,9 +195,17 @@ class TrainConfig:
                 f"train.batch_size={self.train.batch_size} does not divide into train.accumulation="
                 f"{self.train.accumulation} micro-batches of {share}"
             )
-        if self.train.validate_every and self.validation is None:
+        if self.validation is not None and self.validation.resolution != self.data.resolution:
+            raise ValueError(
+                f"validation.resolution={self.validation.resolution} is not data.resolution={self.data.resolution}"
+            )
+        if self.validation_fraction and (self.validation is not None or self.data.group_column is None):
+            raise ValueError("validation_fraction needs data.group_column, and no `validation:` data beside it")
+        if self.train.validate_every and self.validation is None and not self.validation_fraction:
             raise ValueError("train.validate_every is set but there is no `validation:` data")
         task = self.task
+        if isinstance(task, AutoencoderTaskConfig) and task.base is not None and task.pca_images:
+            raise ValueError("task.pca_images would overwrite the encoder of task.base; set it to 0")
         if (task.preset is None) == (task.base is None):
             raise ValueError("task: name either `preset` (from scratch; base: null) or `base` (preset: null)")
         if self.data.crop == "random" and task.type == "diffusion":
@@ -203,6 +213,12 @@ class TrainConfig:
         if isinstance(task, DiffusionTaskConfig):
             if task.zero_terminal_snr and task.prediction_type == "epsilon":
                 raise ValueError("task.zero_terminal_snr needs prediction_type v_prediction or sample, not epsilon")
+            new_model = DiffusionTaskConfig()
+            for name in ("vae", "prediction_type", "beta_schedule", "zero_terminal_snr"):
+                if task.base is not None and getattr(task, name) != getattr(new_model, name):
+                    raise ValueError(
+                        f"task.{name} belongs to a new model; one that starts from task.base keeps its own"
+                    )
             if task.preset is not None and task.vae is None:
                 raise ValueError(
                     "task.vae: a model from scratch needs an autoencoder (folder, run folder or Hub name)"

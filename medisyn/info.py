@@ -4,20 +4,26 @@ medisyn info
 medisyn info runs/chest --json
 """
 
-import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .training_record import read_training_record
 
 if TYPE_CHECKING:
     from .pipelines.medisyn_pipeline import MediSynPipeline
 
-TRAINING_IMAGES = "training_images.json"
+# Licences of data sets, as people write them, that leave open or forbid other uses than research.
+_RESTRICTED = re.compile(r"\bnc\b|non-?commercial|research|not stated|unknown|unverified", re.IGNORECASE)
 
 
 def describe(pipe: "MediSynPipeline", name: str) -> dict:
     """The facts about a loaded pipeline as plain data.
 
-    Training data come from `training_images.json` in the model's folder, the licence from its model card.
+    Training data come from the training record in the model's folder, the licence from there or the model card.
+
+    Raises:
+        ValueError: The training record is damaged.
     """
     from .backbone import model_hash
 
@@ -28,7 +34,8 @@ def describe(pipe: "MediSynPipeline", name: str) -> dict:
             components[component] = {"class": type(module).__name__, "parameters": counted}
     sample_size = pipe.unet.config.sample_size or 64
     rows, columns = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    folder = Path(pipe.config.get("_name_or_path") or "")
+    source = pipe.config.get("_name_or_path")
+    record = (read_training_record(source) if source else None) or {}
     return {
         "model": name,
         "hash": model_hash(pipe),
@@ -40,8 +47,8 @@ def describe(pipe: "MediSynPipeline", name: str) -> dict:
             "class": type(pipe.scheduler).__name__,
             "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),
         },
-        "training_data": _training_data(folder / TRAINING_IMAGES),
-        "license": _license(folder / "README.md"),
+        "training_data": _training_data(record),
+        "license": record.get("license") or (_card_license(Path(source) / "README.md") if source else None),
     }
 
 
@@ -50,7 +57,7 @@ def format_description(facts: dict) -> str:
     height, width = facts["resolution"]
     total = sum(part["parameters"] or 0 for part in facts["components"].values())
     lines = [f"{'model':13} {facts['model']}", f"{'hash':13} {facts['hash']}"]
-    lines += [f"{'licence':13} {facts['license'] or 'not stated'}", f"{'resolution':13} {width} x {height} pixels"]
+    lines += [f"{'licence':13} {_license(facts)}", f"{'resolution':13} {width} x {height} pixels"]
     scheduler = facts["scheduler"]
     lines += [f"{'scheduler':13} {scheduler['class']}, {scheduler['prediction_type']}", ""]
     lines.append(f"components ({total:,} parameters)")
@@ -78,19 +85,20 @@ def format_description(facts: dict) -> str:
     return "\n".join([*lines, "", "Images of this model are synthetic and not for diagnosis."])
 
 
-def _training_data(file: Path) -> dict | None:
-    if not file.is_file():
-        return None
-    try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
-        return {"images": len(recorded["hashes"]), "datasets": recorded.get("datasets", [])}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is not a record of training images (hashes, datasets)") from None
+def _training_data(record: dict) -> dict | None:
+    return {"images": len(record["hashes"]), "datasets": record["datasets"]} if record else None
 
 
-def _license(card: Path) -> str | None:
+def _card_license(card: Path) -> str | None:
     if not card.is_file():
         return None
     from huggingface_hub import ModelCard
 
     return ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+
+
+def _license(facts: dict) -> str:
+    """The model's licence in words; without one, its training data may still say that it is not for every use."""
+    datasets = (facts["training_data"] or {}).get("datasets", [])
+    restricted = any(_RESTRICTED.search(dataset.get("license") or "not stated") for dataset in datasets)
+    return facts["license"] or ("research only (see the training data)" if restricted else "not stated")

@@ -78,6 +78,18 @@ class ShiftTolerantLPIPS(nn.Module):
         return F.conv2d(padded, self.blur.expand(channels, 1, 3, 3), stride=2, groups=channels)
 
 
+class _MeanLPIPS(nn.Module):
+    """The network inside torchmetrics' metric, which itself refuses the values beyond [-1, 1] of a reconstruction."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Mean distance of the pairs, a scalar."""
+        return self.network(images, references).mean()
+
+
 def build_perceptual(name: str, weights: str | None = None) -> nn.Module | None:
     """The perceptual distance called `name` (`none`, `st-lpips`, `lpips`), frozen and in evaluation mode.
 
@@ -98,5 +110,5 @@ def build_perceptual(name: str, weights: str | None = None) -> nn.Module | None:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         except ImportError:
             raise ImportError("perceptual: lpips needs torchmetrics: pip install medisyn[eval]") from None
-        return LearnedPerceptualImagePatchSimilarity(net_type="alex").eval().requires_grad_(False)
+        return _MeanLPIPS(LearnedPerceptualImagePatchSimilarity(net_type="alex").net).eval().requires_grad_(False)
     raise ValueError(f"unknown perceptual distance {name!r}; valid: none, st-lpips, lpips")

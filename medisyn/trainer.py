@@ -18,11 +18,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
@@ -33,6 +35,8 @@ from medisyn.tasks.base import TrainingTask, item_seed
 from medisyn.tasks.batches import training_batches
 
 logger = logging.getLogger(__name__)
+
+CACHING_TIMEOUT = timedelta(days=2)  # the other processes wait while the first one fills the caches
 
 # what may differ between a checkpoint and the command that resumes it: it changes when or where, not what is learnt
 _MAY_DIFFER = (
@@ -68,12 +72,18 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output_dir)
         loop = config.train
+        available = ["none", *(tracker.value for tracker in get_available_trackers())]
+        if loop.tracker not in available:
+            raise ImportError(f"train.tracker={loop.tracker} is not installed: pip install medisyn[track] or wandb")
         self.accelerator = Accelerator(
             mixed_precision=loop.mixed_precision,
             gradient_accumulation_steps=loop.accumulation,
             log_with=None if loop.tracker == "none" else loop.tracker,
             project_dir=self.folder,
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=CACHING_TIMEOUT),
+            ],
         )
         processes = self.accelerator.num_processes
         if loop.batch_size % (loop.accumulation * processes):
@@ -241,13 +251,17 @@ class Trainer:
                     f"{now.get(key)!r}; choose another output_dir or restore "
                     f"{'it' if len(different) == 1 else ', '.join(different)}"
                 )
-        save_config(self.config, recorded)
+        partial = recorded.with_suffix(".partial")
+        save_config(self.config, partial)
+        partial.replace(recorded)
 
     def _resume(self) -> int:
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is None:
             return 0
         self.accelerator.load_state(str(checkpoint))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # loaded on the CPU
         step = int(checkpoint.name.removeprefix("step_"))
         for scheduler_group in self.optimizer.param_groups:  # train.steps may have changed, and with it the schedule
             scheduler_group["lr"] = self.config.optim.learning_rate * learning_rate_factor(

@@ -3,13 +3,17 @@
 - Every weight that still fits is copied. In `encoder_hid_proj`, the layer that tokens pass when their width is not the
   UNet's or when text and images come together, a kind keeps its columns; one that went in directly gets the identity.
 - A rewired model starts out as the one it came from: new label projections are zeros, absent images are masked, and
-  latent channels that were not there read as zeros. Another text or image encoder has to be learned, of course.
-- What is newly initialised is returned by name.
+  latent channels that were not there read as zeros. Two things have to be learned: another text or image encoder, and
+  the pooled tokens beside the time step (`addition_embed_type="text"`, as in the presets mini and small) once the
+  width of all tokens together changes, as when images join text. That pool normalises over the width and knows no
+  mask, so no copy of its weights could give the old values; its new parameters start at random.
+- What is newly initialised is returned by name, and so is an encoder that another one replaced.
 
     add_condition(pipe, LabelsCondition(get_schema("synfundus")))  # ['class_embedding.weight', 'class_embedding.bias']
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,7 +29,8 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     """Give a pipeline these conditions, and its UNet the latent channels of its autoencoder; works in place.
 
     Returns:
-        The names of newly initialised parameters, "name[:, 4:]" where only these columns are new. Empty if nothing is.
+        The names of newly initialised parameters, "name[:, 4:]" where only these columns are new, then "text_encoder"
+        and "image_encoder" where the pipeline had another one. Empty if nothing is new.
 
     Raises:
         ValueError: a kind occurs twice.
@@ -33,6 +38,9 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     old, channels = pipe.unet, pipe.vae.config.latent_channels
     wanted = unet_kwargs(conditions, old.config.cross_attention_dim)
     wanted |= {"in_channels": channels, "out_channels": channels}
+    if old.config.addition_embed_type == "text":  # the heads of the pool share the tokens' width evenly
+        heads, width = old.config.addition_embed_type_num_heads, wanted["encoder_hid_dim"]
+        wanted["addition_embed_type_num_heads"] = math.gcd(heads, width or old.config.cross_attention_dim)
     changes = {name: value for name, value in wanted.items() if old.config[name] != value}
     widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
     new: list[str] = []
@@ -52,11 +60,13 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     for condition in conditions:
         for name, value in condition.components().items():
             (components if name in components else settings)[name] = value
+    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "image_encoder")}
+    new += [name for name, had in encoders.items() if had is not None and components[name] not in (had, None)]
     pipe.register_modules(**components)
     present = {condition.kind for condition in conditions}
     pipe.register_to_config(conditions="+".join(kind for kind in KINDS if kind in present) or None, **settings)
     if new:
-        logger.info("newly initialised: %s", ", ".join(new))
+        logger.info("newly initialised or replaced: %s", ", ".join(new))
     return new
 
 

@@ -9,9 +9,10 @@ from torch.nn.functional import pixel_unshuffle
 
 from medisyn.autoencoders import fit_latent_scale, initialize_from_pca
 from medisyn.backbone import create_autoencoder, load_autoencoder
-from medisyn.perceptual import ShiftTolerantLPIPS, build_perceptual
+from medisyn.perceptual import ShiftTolerantLPIPS, _MeanLPIPS, build_perceptual
 from medisyn.tasks.autoencoder import AutoencoderTask
 from medisyn.trainer import Trainer
+from medisyn.training_record import read_training_record
 from tests.components import tiny_vae
 from tests.training import autoencoder_config, write_base, write_images
 
@@ -68,6 +69,34 @@ def test_the_pca_start_refuses_other_architectures():
         )
 
 
+def test_the_pca_start_names_an_autoencoder_that_it_cannot_start():
+    with pytest.raises(ValueError, match="AutoencoderDC, not a AutoencoderKL"):
+        initialize_from_pca(tiny_vae("kl"), torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("count", [3, 8, 24])
+def test_the_preview_takes_any_number_of_images(folder, tmp_path, count):
+    images = write_images(tmp_path / "images", count)
+    task = AutoencoderTask(autoencoder_config(folder, data={"source": str(images)}))
+    assert task.preview().width > 32
+
+
+def test_unreadable_images_are_skipped_in_training_and_validation_where_configured(folder, tmp_path):
+    images = write_images(tmp_path / "images")
+    (images / "03.png").write_bytes(b"not an image")
+    data = {"source": str(images), "on_error": "skip", "caption_column": None, "resolution": 32}
+    train = {"steps": 6, "validate_every": 6, "checkpoint_every": 6}
+    run = Trainer(autoencoder_config(folder, "skips", data=data, validation=data, train=train)).fit()
+    assert "validation/psnr" in (run / "log.jsonl").read_text()
+
+
+def test_the_torchmetrics_distance_takes_values_beyond_the_range():
+    lpip = pytest.importorskip("torchmetrics.functional.image.lpips")
+    network = lpip._LPIPS(pretrained=False, net="alex", pnet_rand=True)
+    images = smooth_images(2)
+    assert torch.isfinite(_MeanLPIPS(network.eval())(images * 1.5, images))
+
+
 def test_the_scale_of_deterministic_latents_is_folded_into_the_weights_exactly():
     vae, images = tiny_vae("dc"), smooth_images(8)
     with torch.no_grad():
@@ -93,7 +122,7 @@ def test_a_run_exports_a_stock_autoencoder_with_a_fitted_scale(folder):
     vae = load_autoencoder(run)
     report = json.loads((run / "latent_scale.json").read_text())
     assert report["scaling_factor"] == pytest.approx(vae.config.scaling_factor)
-    assert not (run / "pipeline").exists()
+    assert len(read_training_record(run / "vae")["hashes"]) == 24
 
 
 def test_training_lowers_the_reconstruction_error(folder):

@@ -21,7 +21,7 @@ from medisyn.backbone import (
     load_pipeline,
     model_hash,
 )
-from medisyn.conditions import ImageCondition, LabelSchema, LabelsCondition, TextCondition
+from medisyn.conditions import ImageCondition, LabelSchema, LabelsCondition, TextCondition, conditions_of
 from tests.components import (
     IMAGE_WIDTH,
     LABEL_SCHEMA,
@@ -132,7 +132,7 @@ class TestRewiring:
         image = torch.randn(2, 3, IMAGE_WIDTH)
         only_image = tiny_pipeline(("text", "image", "labels"))
         new = adapt_unet(only_image, [image_condition()])
-        assert new == [] and only_image.kinds == ("image",)
+        assert new == ["image_encoder"] and only_image.kinds == ("image",)
         torch.testing.assert_close(
             only_image.unet.encoder_hid_proj.weight, pipe.unet.encoder_hid_proj.weight[:, TEXT_WIDTH:]
         )
@@ -142,25 +142,45 @@ class TestRewiring:
     def test_a_text_encoder_of_another_width_is_projected(self):
         pipe = tiny_pipeline()
         new = adapt_unet(pipe, [text_condition(width=20)])
-        assert new == ["encoder_hid_proj.weight[:, 0:20]"]
+        assert new == ["encoder_hid_proj.weight[:, 0:20]", "text_encoder"]
         assert predict(pipe, prompt_embeds=pipe.encode_prompt(["a", "b"])).isfinite().all()
 
     def test_the_same_conditions_leave_the_unet_alone(self):
         pipe = tiny_pipeline(("text", "labels"))
         unet = pipe.unet
-        assert adapt_unet(pipe, [text_condition(), labels_condition()]) == []
+        assert adapt_unet(pipe, conditions_of(pipe)) == []
         assert pipe.unet is unet
+
+    def test_another_encoder_of_the_same_width_is_reported(self):
+        pipe = tiny_pipeline(("text", "image"))
+        assert adapt_unet(pipe, [text_condition(seed=1), *conditions_of(pipe)[1:]]) == ["text_encoder"]
+        assert adapt_unet(pipe, [conditions_of(pipe)[0], image_condition()]) == ["image_encoder"]
+
+    def test_pooled_tokens_are_learned_anew_when_their_width_changes(self):
+        """A pool over text and images is not the pool over text, even while images are absent; this is no secret."""
+        pipe = tiny_pipeline()
+        pipe.register_modules(unet=tiny_unet(addition_embed_type="text", addition_embed_type_num_heads=16))
+        text = pipe.encode_prompt(["a", "b"])
+        before, old = predict(pipe, prompt_embeds=text), pipe.unet.state_dict()
+        assert add_condition(pipe, labels_condition()) == ["class_embedding.weight", "class_embedding.bias"]
+        torch.testing.assert_close(predict(pipe, prompt_embeds=text), before)
+        new = add_condition(pipe, image_condition())
+        pooled = {name for name in old if name.startswith("add_embedding.")}
+        kept = {"add_embedding.proj.bias", "add_embedding.norm2.weight", "add_embedding.norm2.bias"}
+        assert {name for name in new if name.startswith("add_embedding.")} == pooled - kept
+        assert all(torch.equal(pipe.unet.state_dict()[name], old[name]) for name in kept)
+        assert predict(pipe, prompt_embeds=text).isfinite().all()  # 40 columns: 8 heads, not 16
 
     def test_latent_channels_follow_the_autoencoder(self):
         """As from an inpainting model: nine input channels, of which the first four are the latents."""
         pipe = tiny_pipeline()
         wide = tiny_unet(in_channels=9)
         pipe.register_modules(unet=wide)
-        assert adapt_unet(pipe, [text_condition()]) == []
+        assert adapt_unet(pipe, conditions_of(pipe)) == []
         torch.testing.assert_close(pipe.unet.conv_in.weight, wide.conv_in.weight[:, :4])
         narrow = tiny_unet(in_channels=3, out_channels=3)
         pipe.register_modules(unet=narrow)
-        new = adapt_unet(pipe, [text_condition()])
+        new = adapt_unet(pipe, conditions_of(pipe))
         assert new == ["conv_in.weight[:, 3:]", "conv_out.weight[3:]", "conv_out.bias[3:]"]
         assert not pipe.unet.conv_in.weight[:, 3:].any()
 
@@ -184,6 +204,19 @@ class TestRewiring:
         labels_only = create_pipeline(str(tmp_path), conditions=[labels_condition()], vae=tiny_vae("dc"))
         assert labels_only.kinds == ("labels",) and isinstance(labels_only.vae, AutoencoderDC)
         assert labels_only(labels="gc=1", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+
+    def test_a_bare_kind_is_what_the_trained_start_has(self, tmp_path):
+        start = tiny_pipeline(("text", "image", "labels"), image_tokens="patch")
+        start.save_pretrained(tmp_path / "start")
+        pipe = create_pipeline(str(tmp_path / "start"), conditions=["text", "image", "labels"])
+        assert model_hash(pipe) == model_hash(start) and pipe.config.image_tokens == "patch"
+        other = create_pipeline(str(tmp_path / "start"), conditions=["text", "labels:odir8"])
+        assert torch.equal(other.encode_prompt(["a"]), start.encode_prompt(["a"]))
+        assert other.label_schema["name"] == "odir8"
+        start = tiny_pipeline(("labels",))
+        start.save_pretrained(tmp_path / "labels")
+        joint = create_pipeline(str(tmp_path / "labels"), conditions=["text", "labels"])  # text is new here
+        assert joint.kinds == ("text", "labels") and joint.label_schema == start.label_schema
 
 
 class TestLoading:

@@ -22,6 +22,7 @@ from medisyn.doctor import format_findings
 from medisyn.generation.provenance import read_provenance
 from medisyn.info import describe, format_description
 from medisyn.prompts import demo_prompts
+from medisyn.training_record import write_training_record
 from tests.components import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,6 +150,15 @@ def test_default_folder_is_the_requests_own(model, tmp_path, monkeypatch):
     assert retina.name.startswith("a_retina-") and len(list(lung.glob("0*.png"))) == 2
 
 
+def test_default_folder_of_several_prompts_depends_on_the_number_of_images(model, tmp_path, monkeypatch):
+    """Image 1 shows another prompt when there are more images of the first one."""
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 1):
+        result = medisyn_command("generate", "a", "b", "--num-images", number, "--model", model, *FAST)
+        assert (result.exit_code, result.stderr) == (0, "")
+    assert sorted(len(list(folder.glob("0*.png"))) for folder in (tmp_path / "outputs").iterdir()) == [2, 4]
+
+
 def test_refusal_names_the_way_out(model, tmp_path):
     arguments = ["--model", model, "--out", tmp_path, *FAST]
     assert medisyn_command("generate", "a", *arguments).exit_code == 0
@@ -199,6 +209,25 @@ def test_info_says_what_a_model_is(model, tmp_path):
     assert facts["model"] == "run" and len(facts["hash"]) == 12
     assert facts["components"]["unet"]["parameters"] > 10_000
     assert json.loads(medisyn_command("info", model, "--json").stdout)["training_data"] is None
+
+
+def test_info_reads_the_licence_from_the_record_then_the_card_then_the_data(tmp_path):
+    pipe = tiny_pipeline(())
+    pipe.save_pretrained(tmp_path)
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+
+    def stated(**record):
+        write_training_record(tmp_path, {"hashes": [], **record})
+        text = format_description(describe(pipe, "tiny"))
+        return next(line for line in text.splitlines() if line.startswith("licence")).removeprefix("licence").strip()
+
+    free, restricted = {"name": "a", "license": "CC BY 4.0"}, {"name": "b", "license": "CC BY-NC 4.0"}
+    assert stated(datasets=[]) == stated(datasets=[free]) == "not stated"
+    assert stated(datasets=[free, restricted]) == "research only (see the training data)"
+    assert stated(datasets=[{"name": "c", "images": 3}]) == "research only (see the training data)"
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert stated(datasets=[restricted]) == "mit"
+    assert stated(datasets=[restricted], license="cc-by-nc-4.0") == "cc-by-nc-4.0"
 
 
 def test_info_of_an_unconditional_model():

@@ -2,6 +2,8 @@
 
 import doctest
 import json
+import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +29,17 @@ from medisyn.conditions import (
 )
 from medisyn.config import ImageConditionConfig, LabelsConditionConfig, TextConditionConfig
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
-from tests.components import IMAGE_WIDTH, LABEL_SCHEMA, TEXT_WIDTH, tiny_image_encoder, tiny_unet, tiny_vae
+from tests.components import (
+    IMAGE_WIDTH,
+    LABEL_SCHEMA,
+    TEXT_WIDTH,
+    TEXT_WINDOW,
+    tiny_image_encoder,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_unet,
+    tiny_vae,
+)
 
 KINDS = [(), ("text",), ("image",), ("labels",), ("text", "labels"), ("image", "labels"), ("text", "image", "labels")]
 
@@ -104,7 +116,7 @@ def test_conditions_from_a_configuration(tmp_path):
     encoder.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     described = [
-        TextConditionConfig(hidden_size=16, num_layers=1, max_length=9),
+        TextConditionConfig(hidden_size=16, num_layers=1, max_length=9, train_encoder=True),
         ImageConditionConfig(encoder=str(tmp_path), tokens="patch"),
         LabelsConditionConfig(schema="odir8"),
     ]
@@ -113,6 +125,44 @@ def test_conditions_from_a_configuration(tmp_path):
     assert text.tokenizer.tokenize("zebra glioma") == ["zebra</w>", "glioma</w>"]
     assert image.tokens == "patch" and image.token_width() == IMAGE_WIDTH
     assert labels.schema == get_schema("odir8")
+
+
+def test_long_captions_of_a_training_set_are_counted_once(caplog):
+    long = "axial chest CT slice showing a malignant nodule in the left lung"
+    config = TextConditionConfig(hidden_size=16, num_layers=1, max_length=8, train_encoder=True)
+    with caplog.at_level(logging.WARNING):
+        condition = TextCondition.from_config(config, ["a polyp", long, None, long])
+    assert len(caplog.records) == 1 and "2 of 3" in caplog.text and "window of 8" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert condition.count_truncated(["a polyp", long]) == 1
+        caplog.clear()
+        assert condition.count_truncated(["a polyp", None]) == condition.count_truncated([]) == 0
+        TextCondition.from_config(replace(config, max_length=None), ["a polyp", long])
+    assert not caplog.records
+
+
+def test_a_new_text_encoder_has_to_be_trained():
+    with pytest.raises(ValueError, match="set train_encoder: true"):
+        TextCondition.from_config(TextConditionConfig(hidden_size=16, num_layers=1), ["a polyp"])
+
+
+def test_windows_of_a_configuration(tmp_path, tiny_pipeline):
+    new = TextCondition.from_config(TextConditionConfig(hidden_size=16, num_layers=1, train_encoder=True), ["a polyp"])
+    assert new.tokenizer.model_max_length == new.encoder.config.max_position_embeddings == 24
+
+    start = tiny_pipeline()
+    kept = TextCondition.from_config(TextConditionConfig(), ["a polyp"], start)
+    assert kept.encoder is start.text_encoder and kept.cacheable and start.text_window == TEXT_WINDOW
+    TextCondition.from_config(TextConditionConfig(max_length=7), ["a polyp"], start)
+    assert start.text_window == 7 and start.encode_prompt(["a polyp"]).shape[1] == 7
+    with pytest.raises(ValueError, match="max_length must be in 3.."):
+        TextCondition.from_config(TextConditionConfig(max_length=99), ["a polyp"], start)
+
+    (tokenizer := tiny_tokenizer()).save_pretrained(tmp_path)
+    tiny_text_encoder(tokenizer).save_pretrained(tmp_path)
+    named = TextCondition.from_config(TextConditionConfig(encoder=str(tmp_path)), ["a polyp"])
+    assert named.tokenizer.model_max_length == TEXT_WINDOW
 
 
 # ---- wiring

@@ -71,6 +71,10 @@ def test_the_type_selects_the_task_and_the_conditions():
         ({"task": {"type": "autoencoder", "preset": None}}, "preset"),
         ({"task": {"type": "autoencoder", "base": "x"}}, "preset"),
         ({"task": {"type": "diffusion"}}, "needs an autoencoder"),
+        ({"task": {"type": "diffusion", "preset": None, "base": "x", "vae": "y"}}, "task.vae belongs to a new model"),
+        ({"task": {"type": "autoencoder", "preset": None, "base": "x", "pca_images": 9}}, "overwrite the encoder"),
+        ({"validation_fraction": 0.2}, "needs data.group_column"),
+        ({"validation": {"source": "x", "resolution": 64}}, "validation.resolution=64"),
         ({"task": {"type": "diffusion", "vae": "v", "conditions": [{"type": "sound"}]}}, "sound"),
         ({"task": {"type": "diffusion", "vae": "v", "conditions": [{"type": "text"}] * 2}}, "twice"),
         (

@@ -11,6 +11,7 @@ from medisyn.config import DiffusionTaskConfig
 from medisyn.data.loading import load_images
 from medisyn.tasks.diffusion import DiffusionTask
 from medisyn.trainer import Trainer
+from medisyn.training_record import read_training_record
 from tests.components import LABEL_SCHEMA, tiny_image_encoder, tiny_vae
 from tests.training import CAPTIONS, diffusion_config, write_base, write_images
 
@@ -145,6 +146,44 @@ def test_the_exported_pipeline_names_its_training_images(folder):
     images = load_images(folder / "images")
     assert record["hashes"] == sorted(set(images.hashes()))
     assert record["datasets"] == [{"name": "images", "license": "CC0", "images": 24}]
+
+
+def test_a_fine_tuned_model_keeps_the_record_of_its_base(folder, tmp_path):
+    first = Trainer(diffusion_config(folder, "first", train={"steps": 1})).fit()
+    other = write_images(tmp_path / "others", 6)
+    data = {"source": str(other), "license_column": None}
+    task = {"base": str(first), "cache_dir": str(tmp_path / "cache")}
+    second = Trainer(diffusion_config(folder, "second", data=data, task=task, train={"steps": 1})).fit()
+    record = read_training_record(second / "pipeline")
+    assert set(record["hashes"]) == {*load_images(folder / "images").hashes(), *load_images(other).hashes()}
+    assert {(entry["name"], entry["license"]) for entry in record["datasets"]} == {
+        ("images", "CC0"),
+        ("others", "not stated"),
+    }
+
+
+def test_a_condition_without_data_is_reported(folder, caplog):
+    with caplog.at_level("WARNING", logger="medisyn"):
+        DiffusionTask(diffusion_config(folder, task={"base": str(folder / "labelled")}))
+    assert "no training image has labels" in caplog.text
+
+
+def test_a_share_of_the_patients_is_held_out_for_validation(folder, tmp_path):
+    config = diffusion_config(
+        folder,
+        "held_out",
+        data={"group_column": "patient"},
+        task={"cache_dir": str(tmp_path / "cache")},
+        train={"steps": 2, "validate_every": 2},
+        validation_fraction=0.3,
+    )
+    trainer = Trainer(config)
+    trained = set(trainer.task.data.images.column("patient"))
+    held_out = set(trainer.task._validation_images.column("patient"))
+    assert trained and held_out and not trained & held_out
+    assert "validation/error" in (trainer.fit() / "log.jsonl").read_text()
+    hashes = set(read_training_record(folder / "held_out" / "pipeline")["hashes"])
+    assert not hashes & set(trainer.task._validation_images.hashes())
 
 
 def test_rows_are_balanced_by_the_named_columns(folder):

@@ -8,10 +8,12 @@ import timm
 import torch
 from PIL import Image
 
+from medisyn.backbone import model_hash
 from medisyn.data.loading import load_images
 from medisyn.evaluation import evaluate, format_table
 from medisyn.evaluation.report import nested_values
-from medisyn.evaluation.sampling import draw_rows
+from medisyn.evaluation.sampling import draw_rows, generate_like
+from medisyn.generation.provenance import read_provenance, write_png
 
 COLOURS = {("CT", "normal"): (60, 60, 60), ("CT", "nodule"): (200, 200, 200), ("fundus", "normal"): (200, 80, 20)}
 
@@ -129,6 +131,66 @@ def test_a_pipeline_makes_one_image_per_caption_with_its_labels(data, tmp_path, 
     assert run(data, str(tmp_path / "out" / "images"), tmp_path / "folder")["images"]["synthetic"] == 10
 
 
+def test_every_image_says_how_it_was_made(data, tmp_path, tiny_pipeline):
+    pipe = tiny_pipeline(kinds=("text", "labels"))
+    code = next(name for name, field in pipe.label_schema["fields"].items() if field["type"] == "binary")
+    real = load_images(data["real"])
+    real.labels = [{code: 1} if index % 2 else None for index in range(len(real))]
+    settings = {"num_inference_steps": 1, "guidance_scale": {"text": 1.5, "labels": 2.0}}
+    made = generate_like(pipe, real, tmp_path / "images", ["finding"], 6, 3, 4, False, **settings)
+    found = [read_provenance(tmp_path / "images" / f"{index:06d}.png") for index in range(6)]
+    assert [each["seed"] for each in found] == made.column("seed") == list(range(3, 9))
+    assert {json.dumps(each.get("labels")) for each in found} <= {"null", json.dumps({code: "1"})}
+    assert any("labels" in each for each in found)
+    for each in found:
+        assert each["prompt"].endswith(each["finding"]) and settings.items() <= each.items()
+        assert each["model_hash"] == model_hash(pipe) and each["synthetic"] is True
+        assert each["scheduler"] == type(pipe.scheduler).__name__ and each["software"].startswith("medisyn ")
+    assert made.column("model_hash") == [model_hash(pipe)] * 6
+
+
+def test_only_what_an_evaluation_made_is_replaced(data, tmp_path, tiny_pipeline):
+    out, options = tmp_path / "out", {"num_images": 2, "num_inference_steps": 1}
+    images = out / "images"
+
+    def refused(name):
+        before = sorted((file, file.stat().st_mtime_ns) for file in out.rglob("*"))
+        with pytest.raises(OSError, match=name) as caught:
+            run(data, tiny_pipeline(), out, **options)
+        assert "\n" not in str(caught.value)
+        assert sorted((file, file.stat().st_mtime_ns) for file in out.rglob("*")) == before
+
+    # The user's own images, even when they are called like ours.
+    images.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(images / "000000.png")
+    refused("holds 000000.png, which no evaluation made")
+    (images / "000000.png").unlink()
+    (images / "metadata.jsonl").write_text('{"file_name": "000000.png"}\n')
+    refused("holds metadata.jsonl")
+    (images / "metadata.jsonl").unlink()
+    # Images of `medisyn generate` are not the evaluation's either.
+    write_png(Image.new("RGB", (8, 8)), images / "00000_brain_mri.png", {"seed": 0})
+    refused("holds 00000_brain_mri.png")
+    (images / "00000_brain_mri.png").unlink()
+
+    run(data, tiny_pipeline(), out, **options)
+    assert len(load_images(str(images), caption_column=None)) == 2
+    run(data, tiny_pipeline(), out, **options | {"num_images": 1})
+    assert len(load_images(str(images), caption_column=None)) == 1
+    (images / "notes").mkdir()
+    refused("holds notes")
+    (images / "notes").rmdir()
+    # The hidden folder of a killed run is replaced, with the same care.
+    hidden = out / ".images.partial"
+    hidden.mkdir()
+    (hidden / ".000004.png.partial").write_bytes(b"half")
+    run(data, tiny_pipeline(), out, **options)
+    assert not hidden.exists()
+    images.rename(tmp_path / "elsewhere")
+    images.symlink_to(tmp_path / "elsewhere")
+    refused("is not a folder of generated images")
+
+
 def test_models_with_other_conditions_are_asked_in_their_own_way(data, tmp_path, tiny_pipeline):
     real = load_images(data["real"])
     options = {"num_images": 2, "num_inference_steps": 1}
@@ -161,6 +223,14 @@ def test_images_that_the_model_was_trained_on_are_refused(data, tmp_path, tiny_p
     assert report["overlap"] == {"model": 2, "train": None, "left_out": 2} and report["images"]["real"] == 166
     with pytest.raises(ValueError, match="168 of 168 real images are among the images given as train"):
         run(data, data["synthetic"], tmp_path / "out", train=data["real"])
+
+
+def test_a_damaged_training_record_is_named(data, tmp_path, tiny_pipeline):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    for content in ('{"nothing": 1}', "{"):
+        (tmp_path / "model" / "training_images.json").write_text(content)
+        with pytest.raises(ValueError, match="training_images.json is not a record of training images"):
+            run(data, str(tmp_path / "model"), tmp_path / "out")
 
 
 def test_bad_requests_are_named_before_anything_is_made(data, tmp_path, tiny_pipeline):

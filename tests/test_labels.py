@@ -241,15 +241,6 @@ def test_an_ill_formed_schema_is_refused(tmp_path, data, named):
         get_schema(str(tmp_path / "x.json"))
 
 
-def test_dropped_fields_are_unknown():
-    schema = get_schema("corpus_fundus")
-    vectors = torch.tensor([schema.encode("normal=0, gc=1, eye_side=left")] * 2)
-    uniforms = torch.tensor([[0.9, 0.9, 0.9, 0.9, 0.9], [0.1, 0.9, 0.9, 0.9, 0.3]])
-    kept = schema.drop_fields(vectors, uniforms, 0.4)
-    assert [schema.decode(row) for row in kept] == [{"normal": 0, "gc": 1, "eye_side": "left"}, {"gc": 1}]
-    assert torch.equal(schema.drop_fields(vectors, uniforms, 0.0), vectors)
-
-
 def test_the_condition_and_the_pipeline_make_the_same_vectors(tiny_pipeline):
     pipe = tiny_pipeline(kinds=("labels",))
     condition = LabelsCondition.from_pipeline(pipe)

@@ -334,6 +334,39 @@ def test_flips_only_where_no_side_is_stated(folder):
     assert load_images(str(folder / "train.parquet")).may_flip().tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("column", ["laterality", "eye_side", "side", "extra.laterality", "view_side"])
+def test_flips_only_where_no_side_is_coded(folder, column):
+    sides = ["L", "OD", "os", "1", "r", None, "", "unknown", "nan"]
+    parent, dot, key = column.partition(".")
+    table = [
+        row | {"extra": None, "caption": "fundus photograph", parent: json.dumps({key: side}) if dot else side}
+        for row, side in zip(rows(len(sides)), sides, strict=True)
+    ]
+    if column == "view_side":  # not known for a column of sides: only as a label, and only values that name one
+        sides[3] = None
+        table[3][column] = "1"
+    write_parquet(folder / "train.parquet", table)
+    labels = {"view": column} if column == "view_side" else {}
+    flips = load_images(str(folder / "train.parquet"), label_columns=labels).may_flip().tolist()
+    assert flips == [side in (None, "", "unknown", "nan") for side in sides]
+
+
+@pytest.mark.parametrize(
+    ("caption", "flips"),
+    [("OD fundus photograph", False), ("L breast, MLO view", False), ("an odd lesion, 5 mm, LR1", True)],
+)
+def test_captions_state_a_side_by_its_code(folder, caption, flips):
+    write_parquet(folder / "train.parquet", [row | {"caption": caption, "extra": None} for row in rows(1)])
+    assert load_images(str(folder / "train.parquet")).may_flip().tolist() == [flips]
+
+
+def test_numbers_in_a_laterality_column_are_sides(folder):
+    coded = zip(rows(3), [0, 1, None], strict=True)
+    table = [row | {"laterality": side, "caption": "x-ray", "extra": None} for row, side in coded]
+    write_parquet(folder / "train.parquet", table)
+    assert load_images(str(folder / "train.parquet")).may_flip().tolist() == [False, False, True]
+
+
 def test_sampling_weights_and_provenance(folder):
     table = [row | {"source": "a" if i else "b", "licence": "CC0"} for i, row in enumerate(rows(5))]
     write_parquet(folder / "train.parquet", table)

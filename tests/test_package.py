@@ -135,3 +135,11 @@ def test_no_file_of_the_repository_is_large():
     paths = [ROOT / name for name in listing.stdout.split("\0") if name]
     assert paths
     assert not [str(path) for path in paths if path.is_file() and path.stat().st_size > LARGEST_FILE]
+
+
+def test_the_embedded_default_carries_the_pipeline_of_this_version():
+    package = Path(medisyn.__file__).parent
+    embedded = package / "pretrained" / "medisyn_pipeline.py"
+    if not embedded.exists():
+        pytest.skip("medisyn/pretrained holds no model")
+    assert embedded.read_text() == (package / "pipelines" / "medisyn_pipeline.py").read_text()

@@ -44,7 +44,7 @@ MEDISYN_COMMANDS = [words[1:] for words in commands(README) if words[0] == "medi
 
 def runs_here(arguments: list[str]) -> bool:
     """Whether a command needs the embedded default only, and no file that a reader is to bring."""
-    brings_files = {"--model", "--adapter", "--like"} & set(arguments)
+    brings_files = {"--model", "--adapter", "--like"} & set(arguments) or arguments[-1].startswith("runs/")
     return arguments[0] in ("info", "doctor", "generate") and not brings_files
 
 

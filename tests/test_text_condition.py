@@ -3,7 +3,6 @@
 import doctest
 import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -100,17 +99,6 @@ def test_a_text_encoder_from_captions_trains_along_and_survives_saving(tmp_path)
 def test_an_impossible_width_is_refused():
     with pytest.raises(ValueError, match="multiple of 4.*30"):
         TextCondition.from_captions(["a"], hidden_size=30)
-
-
-def test_long_prompts_are_counted_and_warned_about(caplog):
-    condition = TextCondition.from_captions(prompts.all_captions(), hidden_size=16, max_length=8)
-    long = "axial chest CT slice showing a malignant nodule in the left lung"
-    with caplog.at_level(logging.WARNING):
-        assert condition.count_truncated(["a polyp", long, long]) == 2
-    assert len(caplog.records) == 1 and "2 of 3" in caplog.text and "window of 8" in caplog.text
-    caplog.clear()
-    assert condition.count_truncated(["a polyp"]) == condition.count_truncated([]) == 0
-    assert not caplog.records
 
 
 # ---- transformers

@@ -154,6 +154,19 @@ def test_a_run_of_another_configuration_is_refused_and_left_alone(folder):
     assert (folder / "claimed" / "config.yaml").read_text() == recorded
 
 
+def test_a_tracker_that_is_not_installed_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr("medisyn.trainer.get_available_trackers", lambda: [])
+    with pytest.raises(ImportError, match=r"medisyn\[track\]"):
+        Trainer(diffusion_config(folder, "tracked", train={"tracker": "wandb"}))
+
+
+def test_a_start_that_is_killed_while_it_writes_the_configuration_does_no_harm(folder):
+    config = diffusion_config(folder, "cut_off", train={"steps": 2})
+    Trainer(config).fit()
+    (folder / "cut_off" / "config.partial").write_text("output_")  # what such a start leaves
+    assert Trainer(config).fit() == folder / "cut_off"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder):
     trainer = Trainer(diffusion_config(folder, "diverging", train={"steps": 6}))
     original = trainer.task.forward

@@ -51,5 +51,6 @@ def _config(folder: Path, run: str, task: dict, data: dict, changes: dict) -> Tr
         "optim": {"warmup_steps": 0, "decay_fraction": 0.0, "learning_rate": 1e-3},
         "train": {"steps": 4, "batch_size": 4, "log_every": 1, "checkpoint_every": 2},
     }
-    merged = {name: tree.get(name, {}) | changes.get(name, {}) for name in tree | changes}
+    merged = {name: tree[name] | changes.get(name, {}) for name in tree}
+    merged |= {name: value for name, value in changes.items() if name not in tree}
     return parse_config({"output_dir": str(folder / run)} | merged)

@@ -40,8 +40,6 @@ from medisyn.pipelines.medisyn_pipeline import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from medisyn.config import LabelsConditionConfig
     from medisyn.data.loading import ImageDataset
     from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
@@ -229,21 +227,6 @@ class LabelSchema:
             if 1.0 in group:
                 labels[field.name] = field.values[group.index(1.0)]
         return self.canonical(labels)
-
-    def drop_fields(self, vectors: torch.Tensor, uniforms: torch.Tensor, probability: float) -> torch.Tensor:
-        """Makes fields unknown at random, so that a model learns to follow partial labels ("glaucoma=1" alone).
-
-        Args:
-            vectors: (B, K) label vectors.
-            uniforms: (B, number of fields) numbers in [0, 1).
-            probability: Probability of dropping a field, in [0, 1], independent of the other fields.
-
-        Returns:
-            (B, K) vectors with zeros in the groups of dropped fields.
-        """
-        sizes = torch.tensor([len(field.values) for field in self.fields], device=vectors.device)
-        keep = (uniforms.to(vectors.device) >= probability).repeat_interleave(sizes, dim=1)
-        return vectors * keep
 
     def format(self, labels: Mapping | str | None, display: bool = False) -> str:
         """Labels as the string that `canonical` reads: `"gc=1, dr_grade=3"`, or with display names."""

@@ -10,7 +10,8 @@ encoding itself happens in the pipeline, in one place for training and sampling.
 * `TextCondition.from_captions(captions)` trains a byte-level BPE tokenizer and builds a small `CLIPTextModel` around
   it. The tokenizer is a stock `CLIPTokenizer`, so a model trained with it exports to a plain `StableDiffusionPipeline`
   folder.
-* Prompts longer than the encoder's window are counted (`count_truncated`) and warned about, never cut in silence.
+* Captions longer than the encoder's window are counted and warned about once for a training set (`count_truncated`),
+  prompts at each encoding by the pipeline; none is cut in silence.
 
     >>> from medisyn.conditions.text import TextCondition
     >>> text = TextCondition.from_captions(["brain MRI slice showing a glioma", "colonoscopy image showing a polyp"])
@@ -150,15 +151,29 @@ class TextCondition:
     def from_config(
         cls, config: TextConditionConfig, captions: Sequence[str | None], base: MediSynPipeline | None = None
     ) -> TextCondition:
-        """The encoder that the configuration names, else that of `base`, else a small one that knows the captions."""
+        """The encoder that the configuration names, else that of `base`, else a small one that knows the captions.
+
+        Warns once about captions that are longer than its window.
+
+        Raises:
+            ValueError: For a new encoder that is not to be trained, or a window that the encoder does not have.
+            OSError: When there is no encoder of that name.
+        """
         if config.encoder is not None:
-            return cls.from_pretrained(config.encoder, config.max_length, trainable=config.train_encoder)
-        if base is not None and cls.kind in base.kinds:
-            kept = cls.from_pipeline(base)
-            kept.encoder.requires_grad_(config.train_encoder)
-            return kept
-        known = [*prompts.vocabulary(), *(caption for caption in captions if caption)]
-        return cls.from_captions(known, config.hidden_size, config.num_layers, max_length=config.max_length)
+            condition = cls.from_pretrained(config.encoder, config.max_length, trainable=config.train_encoder)
+        elif base is not None and cls.kind in base.kinds:
+            condition = cls.from_pipeline(base)
+            condition.encoder.requires_grad_(config.train_encoder)
+            if config.max_length is not None:
+                set_window(condition.tokenizer, condition.encoder, config.max_length)
+        elif not config.train_encoder:
+            raise ValueError("a new text encoder has to be trained: set train_encoder: true, or name an encoder")
+        else:
+            known = [*prompts.vocabulary(), *(caption for caption in captions if caption)]
+            window = {} if config.max_length is None else {"max_length": config.max_length}
+            condition = cls.from_captions(known, config.hidden_size, config.num_layers, **window)
+        condition.count_truncated(captions)
+        return condition
 
     def build_cache(
         self, pipe: MediSynPipeline, images: ImageDataset, folder: Path, **options
@@ -191,41 +206,31 @@ class TextCondition:
         """The features of the empty prompt, (B, T, width)."""
         return pipe.null_embeds(self.kind, batch_size)
 
-    def count_truncated(self, captions: Iterable[str]) -> int:
-        """How many of `captions` are longer than the encoder's window; warns when any is."""
-        return count_truncated(self.tokenizer, captions)
+    def count_truncated(self, captions: Iterable[str | None]) -> int:
+        """How many of `captions` have more tokens than the encoder's window, special tokens included.
+
+        Repeated captions are tokenized once and counted each time. Logs one warning with an example if there are any.
+        """
+        captions = [caption for caption in captions if caption]
+        distinct = list(dict.fromkeys(captions))
+        if not distinct:
+            return 0
+        window = self.tokenizer.model_max_length
+        tokens = self.tokenizer(distinct, truncation=False, verbose=False).input_ids
+        too_long = {text: len(ids) for text, ids in zip(distinct, tokens, strict=True) if len(ids) > window}
+        count = sum(text in too_long for text in captions)
+        if count:
+            example = max(too_long, key=too_long.__getitem__)
+            logger.warning(
+                "%d of %d prompts exceed the text encoder's window of %d tokens and will be cut; one has %d: %.120r",
+                *(count, len(captions), window, too_long[example], example),
+            )
+        return count
 
 
 def text_width(encoder: PreTrainedModel) -> int:
     """The width of a token of `encoder` (`hidden_size`; T5 calls it `d_model`)."""
     return encoder.config.d_model if hasattr(encoder.config, "d_model") else encoder.config.hidden_size
-
-
-def count_truncated(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str]) -> int:
-    """The number of `captions` with more tokens than `tokenizer.model_max_length`, special tokens included.
-
-    Repeated captions are tokenized once and counted each time. Logs one warning with an example if there are any.
-    """
-    captions = list(captions)
-    distinct = list(dict.fromkeys(captions))
-    if not distinct:
-        return 0
-    lengths = [len(ids) for ids in tokenizer(distinct, truncation=False, verbose=False).input_ids]
-    too_long = {
-        text: length for text, length in zip(distinct, lengths, strict=True) if length > tokenizer.model_max_length
-    }
-    count = sum(text in too_long for text in captions)
-    if count:
-        example = max(too_long, key=too_long.__getitem__)
-        logger.warning(
-            "%d of %d prompts exceed the text encoder's window of %d tokens and will be cut; one has %d: %.120r",
-            count,
-            len(captions),
-            tokenizer.model_max_length,
-            too_long[example],
-            example,
-        )
-    return count
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 2048, max_length: int = 24) -> CLIPTokenizer:

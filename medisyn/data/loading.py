@@ -22,6 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from .sources import concatenate, open_source
 logger = logging.getLogger(__name__)
 
 _SIDE_COLUMNS = ("laterality", "eye_side", "side", "extra.laterality")
-_STATES_A_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_STATES_A_SIDE = re.compile(r"\b((?i:left|right)|O[DS]|[LR])\b")  # OD and OS are the right and the left eye
+_IS_A_SIDE = re.compile(r"left|right|o[ds]|[lr]", re.IGNORECASE)
+_NO_SIDE = frozenset(("", "none", "null", "nan", "n/a", "na", "unknown", "not stated"))
 
 
 def load_images(config: DataConfig | str | Path | Sequence[str], **options: Any) -> "ImageDataset":
@@ -58,6 +61,12 @@ def load_images(config: DataConfig | str | Path | Sequence[str], **options: Any)
         raise ValueError("data.source names no file, folder or Hub dataset")
     tables = [open_source(source, config.split, config.image_column) for source in sources]
     return ImageDataset(concatenate(tables, ", ".join(sources)), config)
+
+
+def load_readable(config: DataConfig) -> "ImageDataset":
+    """`load_images`, without the images that cannot be read where `on_error` is "skip"."""
+    images = load_images(config)
+    return images.drop_unreadable() if config.on_error == "skip" else images
 
 
 class ImageDataset:
@@ -205,15 +214,15 @@ class ImageDataset:
 
     def may_flip(self) -> np.ndarray:
         """Per item, whether mirroring keeps its description true: no caption, label or column states a body side."""
-        stated = [bool(caption and _STATES_A_SIDE.search(caption)) for caption in self.captions]
-        values = [list((labels or {}).values()) for labels in self.labels]
+        stated = np.array([bool(caption and _STATES_A_SIDE.search(caption)) for caption in self.captions], dtype=bool)
+        for i, labels in enumerate(self.labels):
+            for name, value in (labels or {}).items():
+                side = name in _SIDE_COLUMNS or self.config.label_columns.get(name) in _SIDE_COLUMNS
+                stated[i] |= _has_side(value) if side else bool(_IS_A_SIDE.fullmatch(str(value).strip()))
         for name in _SIDE_COLUMNS:
-            try:
-                values = [[*others, value] for others, value in zip(values, self.column(name), strict=True)]
-            except ValueError:  # no such column
-                continue
-        labelled = [any(_STATES_A_SIDE.fullmatch(str(value)) for value in row) for row in values]
-        return ~(np.array(stated, dtype=bool) | np.array(labelled, dtype=bool))
+            with suppress(ValueError):  # no such column
+                stated |= np.array([_has_side(value) for value in self.column(name)], dtype=bool)
+        return ~stated
 
     def sampling_weights(self) -> np.ndarray:
         """Per item, float64 summing to 1: (1 / frequency of its `balance_columns` together) ** `balance_power`."""
@@ -316,6 +325,11 @@ def pixel_hash(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _has_side(value: Any) -> bool:
+    """Whether a laterality column states a side; a code that is not known here (1, "sin.") is taken for one."""
+    return str(value).strip().lower() not in _NO_SIDE
 
 
 def _position(name: str) -> float:

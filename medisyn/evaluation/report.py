@@ -15,7 +15,6 @@ Notable choices:
 """
 
 import glob
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +23,17 @@ import numpy as np
 
 from ..config import DataConfig
 from ..data.loading import ImageDataset, load_images
+from ..training_record import read_training_record
 from .agreement import LabelledFeatures, label_agreement
 from .features import extract_features, load_extractor
 from .fidelity import NEAREST, fidelity, fidelity_by_value, nearest_training_distance
 from .presentation import comparison_grid, format_table, write_report
-from .sampling import generate_like
+from .sampling import check_replaceable, generate_like, model_name
 
 if TYPE_CHECKING:
     from ..pipelines.medisyn_pipeline import MediSynPipeline
 
 USUAL_COLUMNS = ("modality", "finding")
-TRAINING_IMAGES = "training_images.json"
 TOLERATED_OVERLAP = 0.02  # many public collections have a few copies across their splits; these are left out
 
 
@@ -82,12 +81,15 @@ def evaluate(
     Raises:
         ValueError: Unknown extractor or column, or real images that the model was trained on.
         FileNotFoundError: A source does not exist.
+        FileExistsError: `out` has a folder `images` that no evaluation made.
         OSError: `out` cannot be written, or extractor weights cannot be downloaded.
     """
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     out = Path(out)
     pipe = None if _is_images(model_or_folder) else _open_pipeline(model_or_folder)
+    if pipe is not None:
+        check_replaceable(out / "images")
     real = _open_images(real, None if pipe is None else _shipped_schema(pipe))
     train = None if train is None else _open_images(train)
     if per is None:
@@ -106,7 +108,12 @@ def evaluate(
         synthetic = generate_like(pipe, real, out / "images", per, num_images, seed, batch_size, progress, **arguments)
         from ..backbone import model_hash
 
-        subject = {"model": _name(pipe), "model_hash": model_hash(pipe), "conditions": list(pipe.kinds), **arguments}
+        subject = {
+            "model": model_name(pipe),
+            "model_hash": model_hash(pipe),
+            "conditions": list(pipe.kinds),
+            **arguments,
+        }
 
     features_of.resolution = min(synthetic.image(0).size)
     sets = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
@@ -226,17 +233,12 @@ def _without_overlap(
     return (real if allow_overlap or not count else real.select(unseen)), overlap
 
 
-def _name(pipe) -> str:
-    """Folder or Hub name, without the path of this machine."""
-    name = pipe.config.get("_name_or_path") or type(pipe).__name__
-    return Path(name).name if Path(name).exists() else name
-
-
 def _training_hashes(pipe) -> set[str] | None:
     if pipe is None:
         return None
-    path = Path(pipe.config.get("_name_or_path") or "") / TRAINING_IMAGES
-    return set(json.loads(path.read_text("utf-8"))["hashes"]) if path.is_file() else None
+    folder = pipe.config.get("_name_or_path")
+    record = read_training_record(folder) if folder else None
+    return None if record is None else set(record["hashes"])
 
 
 # --- measures --------------------------------------------------------------------------------------------------------

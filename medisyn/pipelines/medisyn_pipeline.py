@@ -562,7 +562,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         label_embeds: Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float | Mapping[str, float] = 2.0,
+        guidance_scale: float | Mapping[str, float] = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_images_per_prompt: int = 1,
         height: int | None = None,

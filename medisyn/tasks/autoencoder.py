@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from medisyn.autoencoders import fit_latent_scale, initialize_from_pca
 from medisyn.backbone import create_autoencoder, load_autoencoder
 from medisyn.config import AutoencoderTaskConfig, TrainConfig
-from medisyn.data.loading import load_images
 from medisyn.data.preprocessing import Preprocessor
 from medisyn.losses import discriminator_hinge_loss, kl_to_standard_normal, peak_signal_to_noise_ratio
 from medisyn.perceptual import build_perceptual
-from medisyn.tasks.base import TrainingTask, image_grid, seeded_normal
+from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal
+from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 
 class AutoencoderTask(TrainingTask):
@@ -37,10 +37,9 @@ class AutoencoderTask(TrainingTask):
         if not isinstance(config.task, AutoencoderTaskConfig):
             raise ValueError(f"task.type={config.task.type!r} given to the autoencoder task")
         self.config, self.options = config, config.task
-        self.images = load_images(config.data)
-        if config.data.on_error == "skip":
-            self.images = self.images.drop_unreadable()
-        self.validation_images = load_images(config.validation) if config.validation else None
+        self.images, self.validation_images = load_splits(config)
+        if config.data.balance_columns:
+            self.row_weights = self.images.sampling_weights()
         self.preprocess = Preprocessor.from_config(config.data)
         self.preprocess_whole = Preprocessor(
             config.data.resolution, crop="pad" if config.data.crop == "pad" else "center"
@@ -121,8 +120,8 @@ class AutoencoderTask(TrainingTask):
         """Originals above their reconstructions."""
         source = self.validation_images or self.images
         images = self._stack(source, self._spread(source, 16))
-        rows = torch.stack([images.unflatten(0, (-1, 8)), self._reconstruct(images).unflatten(0, (-1, 8))], dim=1)
-        return image_grid(rows.flatten(0, 2), columns=8)
+        rows = zip(images.split(8), self._reconstruct(images).split(8), strict=True)
+        return image_grid(torch.cat([part for row in rows for part in row]), columns=min(8, len(images)))
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
@@ -131,6 +130,10 @@ class AutoencoderTask(TrainingTask):
         report = fit_latent_scale(self.vae, torch.cat([self._encode(part) for part in images.split(32)]))
         self.vae.save_pretrained(folder / "vae")
         (folder / "latent_scale.json").write_text(json.dumps(report, indent=2))
+        base = find_training_record(self.options.base) if self.options.base is not None else None
+        write_training_record(
+            folder / "vae", merge_training_records(image_record(self.images), *([base] if base else []))
+        )
 
     def _encode(self, images: Tensor) -> Tensor:
         images = images.to(next(self.vae.parameters()).device)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from medisyn.config import OptimConfig, TrainConfig
+from medisyn.data.loading import ImageDataset, load_readable
 
 
 def item_seed(seed: int, step: int, position: int) -> int:
@@ -83,6 +84,19 @@ class TrainingTask(nn.Module):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the trained model as stock components."""
+
+
+def load_splits(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
+    """Training and validation images: two data sets, or one with `validation_fraction` of the groups held out."""
+    images = load_readable(config.data)
+    if config.validation_fraction:
+        return images.split_by_group(config.validation_fraction)
+    return images, None if config.validation is None else load_readable(config.validation)
+
+
+def image_record(images: ImageDataset) -> dict[str, Any]:
+    """The training record of a data set: hashes of its readable images, and its sources with their licences."""
+    return {"hashes": sorted({found for found in images.hashes() if found}), "datasets": images.provenance()}
 
 
 def image_grid(images: Tensor, columns: int) -> Image.Image:

@@ -8,7 +8,6 @@
     medisyn train scripts/embedded_default/diffusion.yaml
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load
 from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition
 from medisyn.config import DataConfig, DiffusionTaskConfig, TrainConfig
 from medisyn.data.cache import EmbeddingCache, LatentCache, build_latent_cache
-from medisyn.data.loading import ImageDataset, load_images
+from medisyn.data.loading import ImageDataset
 from medisyn.data.preprocessing import Preprocessor
 from medisyn.losses import diffusion_target, min_snr_weights
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
-from medisyn.tasks.base import TrainingTask, image_grid, seeded_normal, seeded_uniform
+from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +59,18 @@ class DiffusionTask(TrainingTask):
         if not isinstance(config.task, DiffusionTaskConfig):
             raise ValueError(f"task.type={config.task.type!r} given to the diffusion task")
         self.config, self.options = config, config.task
-        images = load_images(config.data)
-        if config.data.on_error == "skip":
-            images = images.drop_unreadable()
+        images, self._validation_images = load_splits(config)
         self.pipe = self._build_pipeline(images)
+        starts = [name for name in (self.options.base, self.options.vae) if name is not None]
+        self._earlier_records = [record for name in starts if (record := find_training_record(name)) is not None]
         self.pipe.unet.register_to_config(sample_size=config.data.resolution // self.pipe.vae_scale_factor)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.pipe.to(PartialState().device)
         self.conditions = conditions_of(self.pipe)
+        described = {"text": any(images.captions), "labels": any(images.labels)}
+        for kind in (c.kind for c in self.conditions if not described.get(c.kind, True)):
+            logger.warning("no training image has %s: that condition is trained on its null alone", kind)
         self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
         self.dropout |= {c.type: c.dropout for c in self.options.conditions}
         # registered, hence trained and saved: the UNet and every encoder that is trained along
@@ -93,7 +96,7 @@ class DiffusionTask(TrainingTask):
         built = [get_condition(c.type).from_config(c, images.captions, base) for c in options.conditions]
         if base is not None:
             for name in adapt_unet(base, built) if built else ():
-                logger.warning("newly initialised: %s", name)
+                logger.warning("newly initialised or replaced: %s", name)
             return base
         pipe = create_pipeline(options.preset, conditions=built, vae=load_autoencoder(options.vae))
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -189,9 +192,9 @@ class DiffusionTask(TrainingTask):
     def validate(self, count: int) -> dict[str, float]:
         """Unweighted error at fixed noise levels and fixed noise, with the conditions of the validation rows."""
         if self._validation is None:
-            images = load_images(self.config.validation)
+            images = self._validation_images
             images = images.select(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-            self._validation = self._cached(images, self.config.validation, f"validation_{len(images)}")
+            self._validation = self._cached(images, images.config, f"validation_{len(images)}")
         data, device = self._validation, self.pipe.device
         metrics = {}
         for level in VALIDATION_NOISE_LEVELS:
@@ -224,10 +227,7 @@ class DiffusionTask(TrainingTask):
         return image_grid(images * 2 - 1, columns=8)
 
     def export(self, folder: Path) -> None:
-        """Write `pipeline/`: the published form of the model, with the hashes and licences of its training images."""
+        """Write `pipeline/`: the published form of the model, with the record of all that its parts have seen."""
         self.pipe.save_pretrained(folder / "pipeline")
-        record = {
-            "hashes": sorted({found for found in self.data.images.hashes() if found}),
-            "datasets": self.data.images.provenance(),
-        }
-        (folder / "pipeline" / "training_images.json").write_text(json.dumps(record), encoding="utf-8")
+        own = image_record(self.data.images)
+        write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))

@@ -10,8 +10,10 @@ import torch
 import typer
 
 from medisyn import load_pipeline
+from medisyn.training_record import read_training_record, write_training_record
 
 LIMIT = 32_000_000  # bytes of safetensors
+LICENSE = "research only (several training sources are non-commercial or of unknown licence)"
 
 
 def embed(run: Path, folder: Path) -> None:
@@ -21,6 +23,10 @@ def embed(run: Path, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipe.save_pretrained(partial, max_shard_size="15MB")
+    record = read_training_record(partial)
+    if record is None:
+        raise typer.BadParameter(f"{run} has no record of its training images")
+    write_training_record(partial, record | {"license": LICENSE})
     size = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
     if size > LIMIT:
         shutil.rmtree(partial)
