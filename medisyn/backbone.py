@@ -1,28 +1,24 @@
-"""Pipelines to start from: presets built from scratch, and trained models of a folder or the Hub.
+"""Pipelines to be trained: presets built from scratch, and trained models with other conditions.
 
 - A preset is data: an autoencoder, a UNet and a scheduler, all stock diffusers classes. The latent size follows from
   the autoencoder, so another one can be put into any preset.
-- A Stable-Diffusion-family repository becomes a `MediSynPipeline`; its safety checker is left out.
-- Only safetensors are read: pickled weights can run any code.
-- A trained start gets other conditions by `medisyn.wiring`, which keeps the weights that fit and reports what is new.
+- A trained start (`medisyn.loading`) gets other conditions by `medisyn.wiring`, which keeps the weights that fit and
+  reports what is new.
 
     pipe = create_pipeline("mini", conditions=["text", "labels:synfundus"])
     pipe = create_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", conditions=["text", "labels:synfundus"])
-    pipe = load_pipeline("runs/chest/pipeline", adapter="adapters/pneumonia")
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import resources  # noqa: F401 - tests/test_backbone.py reaches for it here
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoModel, DPMSolverMultistepScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers import AutoencoderDC, AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from medisyn.autoencoders import Autoencoder
 from medisyn.conditions import (
@@ -36,6 +32,8 @@ from medisyn.conditions import (
     get_schema,
     unet_kwargs,
 )
+from medisyn.generation.provenance import ADAPTERS
+from medisyn.loading import is_hub_name, load_autoencoder, load_pipeline
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose, vocabulary
 from medisyn.wiring import adapt_unet, add_condition
@@ -164,7 +162,7 @@ def create_pipeline(
     """
     vae = load_autoencoder(vae) if isinstance(vae, (str, Path)) else vae
     if preset not in PRESETS:
-        if not Path(preset).exists() and not _is_hub_name(preset):
+        if not Path(preset).exists() and not is_hub_name(preset):
             choose("preset, folder or Hub name", str(preset), PRESETS)
         pipe = load_pipeline(preset)
         if vae is not None:
@@ -220,155 +218,14 @@ def _condition(condition: Condition | str, width: int, start: MediSynPipeline | 
     return LabelsCondition(get_schema(name or "corpus_fundus")) if kind == "labels" else NoCondition()
 
 
-# ---- loading ----
-
-
-def load_pipeline(
-    name_or_dir: str | Path | None = None,
-    adapter: str | Path | None = None,
-    dtype: torch.dtype | str | None = None,
-) -> MediSynPipeline:
-    """A trained pipeline: the one embedded in the package, or that of a folder or Hub name.
-
-    Args:
-        name_or_dir: a folder with `model_index.json`, a run folder with `pipeline/`, or a Hub name "owner/model" of a
-            MediSyn or Stable-Diffusion-family model. None: the embedded default.
-        adapter: a LoRA to load on top: a folder, a .safetensors file or a Hub name.
-        dtype: of all components, also as a name ("bfloat16"); float32 by default.
-
-    Raises:
-        FileNotFoundError: no such model or adapter; the message lists what was tried.
-        ValueError: a model of another family, or one with pickled weights only.
-    """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, choose("dtype", dtype, ("float32", "bfloat16", "float16")))
-    if name_or_dir is None:
-        folder = _model_folder(Path(str(resources.files("medisyn"))) / "pretrained")
-        if folder is None:
-            raise FileNotFoundError(
-                "no embedded model (medisyn/pretrained) in this installation; name a folder or Hub model"
-            )
-    else:
-        folder = _find(name_or_dir)
-    pipe = _load_folder(folder, dtype)
-    if adapter is not None:
-        _load_adapter(pipe, adapter)
-    return pipe
-
-
-def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
-    """The autoencoder of a folder or Hub name: a pipeline's, a run's (`vae/`) or one by itself.
-
-    Raises:
-        FileNotFoundError: there is none; the message lists what was tried.
-        ValueError: another kind of component, or pickled weights only.
-    """
-    folder = Path(name_or_dir).expanduser()
-    places = [folder / "pipeline" / "vae", folder / "vae", folder]
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is not None:
-        _refuse_pickles(found)
-        vae = AutoModel.from_pretrained(str(found), use_safetensors=True)
-    elif folder.exists() or not _is_hub_name(name_or_dir):
-        raise FileNotFoundError(f"no autoencoder {str(name_or_dir)!r}; tried: {', '.join(map(str, places))}")
-    else:
-        name, options = str(name_or_dir), {"subfolder": "vae", "use_safetensors": True}
-        vae = _from_hub(name, lambda: AutoModel.from_pretrained(name, **options), [*map(str, places)])
-    if not isinstance(vae, Autoencoder):
-        raise ValueError(
-            f"{str(name_or_dir)!r} holds a {type(vae).__name__}; valid are AutoencoderKL and AutoencoderDC"
-        )
-    return vae
-
-
-def _is_hub_name(name: str | Path) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)) is not None
-
-
-def _model_folder(folder: Path) -> Path | None:
-    """The folder itself or its `pipeline/`, whichever holds a pipeline."""
-    return next((place for place in (folder, folder / "pipeline") if (place / "model_index.json").is_file()), None)
-
-
-def _find(name_or_dir: str | Path) -> Path:
-    """The local folder of a model, downloaded if need be."""
-    name, folder = str(name_or_dir), Path(name_or_dir).expanduser()
-    found = _model_folder(folder)
-    if found is not None:
-        return found
-    tried = [str(folder / "model_index.json"), str(folder / "pipeline" / "model_index.json")]
-    if folder.exists() or not _is_hub_name(name):
-        reason = "" if folder.exists() else "; nor is it a Hub name of the form owner/model"
-        raise FileNotFoundError(f"no model {name!r}; tried: {', '.join(tried)}{reason}")
-    return Path(_from_hub(name, lambda: MediSynPipeline.download(name, use_safetensors=True), tried))
-
-
-def _from_hub(name: str, load: Callable, tried: Sequence[str]) -> Any:
-    """What `load` gets from the Hub; its failures become one line that also names the local places."""
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        places = ", ".join([*tried, f"Hub repository {name}"])
-        raise FileNotFoundError(f"no model {name!r}; tried: {places} ({reason})") from error
-
-
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> MediSynPipeline:
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        class_name = index.pop("_class_name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'model_index.json'} is not a pipeline's index: {error!r}") from error
-    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    parts = {name: part for name, (_, part) in pairs.items() if part}
-    valid = {"unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderDC")}
-    if "text_encoder_2" in parts or any(parts.get(name) not in classes for name, classes in valid.items()):
-        held = ", ".join(f"{name}: {part}" for name, part in sorted(parts.items()))
-        raise ValueError(
-            f"{folder} is not a MediSyn or Stable Diffusion 1.x/2.x model (a UNet2DConditionModel, an AutoencoderKL "
-            f"or AutoencoderDC, at most one text encoder); it holds {held or 'no components'}"
-        )
-    for name in ("unet", "vae", "text_encoder", "image_encoder"):
-        if name in parts:
-            _refuse_pickles(folder / name)
-    foreign = {}
-    if (class_name[-1] if isinstance(class_name, list) else class_name) != MediSynPipeline.__name__:
-        foreign = {"image_encoder": None, "feature_extractor": None}  # of its safety checker or an IP-Adapter
-    try:
-        return MediSynPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **foreign)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Raise for a component without safetensors."""
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
-    if pickles:
-        raise ValueError(f"{folder} has pickled weights only ({', '.join(pickles)}); valid are .safetensors files")
-    raise FileNotFoundError(f"{folder} has no weights: no .safetensors file is there")
-
-
-def _load_adapter(pipe: MediSynPipeline, adapter: str | Path) -> None:
-    if not Path(adapter).exists() and not _is_hub_name(adapter):
-        valid = "a folder, a .safetensors file or a Hub name owner/adapter"
-        raise FileNotFoundError(f"no adapter {str(adapter)!r}; valid are {valid}")
-    try:
-        pipe.load_lora_weights(str(adapter), use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"adapter {str(adapter)!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    if not pipe.get_active_adapters():  # diffusers only warns when no key matches
-        raise ValueError(f"adapter {str(adapter)!r} has no weights named 'unet.' or 'text_encoder.'")
-
-
 @torch.no_grad()
 def model_hash(pipe: MediSynPipeline) -> str:
     """12 hex digits that name a model: its weights, latent scale, label schema and prediction type.
 
-    A loaded but not fused LoRA does not change it; the adapter has a hash of its own.
+    Adapters that are loaded but not fused do not change it; they have a hash of their own.
     """
+    if (adapted := getattr(pipe, ADAPTERS, None)) is not None:
+        return adapted.base_hash
     scale = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     digest = hashlib.blake2b(digest_size=6)
     digest.update(json.dumps([scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]).encode())

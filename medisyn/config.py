@@ -65,6 +65,8 @@ class TextConditionConfig:
     hidden_size: Positive = 192  # of the encoder that is built when none is named
     num_layers: Positive = 2
     max_length: Positive | None = None  # tokens; None: the encoder's own window, 24 for one built from the captions
+    # words that an adapter teaches the text encoder; "auto": those of the captions that its tokenizer breaks to pieces
+    new_words: Literal["auto"] | tuple[str, ...] = ()
     dropout: Fraction = 0.1  # probability of replacing the condition by its null
 
 
@@ -102,6 +104,9 @@ class AutoencoderTaskConfig:
     type: Literal["autoencoder"] = "autoencoder"
     preset: str | None = "mini"  # autoencoder of this preset, from scratch
     base: str | None = None  # or continue from a folder or Hub name (a pipeline or an autoencoder)
+    train_encoder: bool = True  # False: the decoder alone; latents, and every model trained on them, stay valid
+    # most noise on the latents that the decoder sees, on the diffusion model's scale: what it draws is never exact
+    latent_noise: NonNegative = 0.0
     pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
     l1_weight: NonNegative = 1.0
     l2_weight: NonNegative = 0.0
@@ -116,11 +121,43 @@ class AutoencoderTaskConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen weights (Hu et al. 2022), by peft."""
+
+    __pydantic_config__ = STRICT
+    rank: Positive = 16
+    alpha: PositiveFloat | None = None  # the adapter is scaled by alpha / rank; None: the rank, a scale of 1
+    # endings of module names, or one regular expression that whole names match; by default the UNet's attention
+    target_modules: str | tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023)
+    use_dora: bool = False  # direction and magnitude apart (Liu et al. 2024)
+    dropout: Fraction = 0.0
+    text_encoder: bool = False  # adapt the text encoder as well
+    text_encoder_target_modules: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Images of what the base can already draw, mixed in so that it does not forget (Ruiz et al. 2023)."""
+
+    __pydantic_config__ = STRICT
+    fraction: Fraction = 0.25  # their share of the drawn rows
+    source: str | tuple[str, ...] | None = None  # real ones, as in data.source; None: drawn by the base itself
+    caption_column: str | None = "caption"  # of `source`
+    num_images: Positive = 256  # how many the base draws
+    prompts: tuple[str, ...] = ()  # what it draws; empty: a sentence for each modality and finding of the vocabulary
+
+
+@dataclass(frozen=True)
 class DiffusionTaskConfig:
     """Train the UNet (and a small text encoder along with it) on cached latents."""
 
     __pydantic_config__ = STRICT
     type: Literal["diffusion"] = "diffusion"
+    # all weights, a LoRA, or scale and shift of the normalisation layers alone; None: lora where `lora:` is given
+    method: Literal["full", "lora", "norm"] | None = None
+    lora: LoraConfig | None = None  # options of method: lora
+    prior: PriorConfig | None = None  # mix in images of the base's own kind
     preset: str | None = "mini"  # UNet of this preset, from scratch
     base: str | None = None  # or continue from this pipeline (folder or Hub name)
     vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
@@ -136,6 +173,19 @@ class DiffusionTaskConfig:
     cache_batch_size: Positive = 32
     compile: bool = False  # torch.compile the UNet
     gradient_checkpointing: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained beside a frozen base."""
+        return self.method in ("lora", "norm")
+
+    def __post_init__(self) -> None:
+        if self.method is None:
+            object.__setattr__(self, "method", "full" if self.lora is None else "lora")
+        if self.method == "lora" and self.lora is None:
+            object.__setattr__(self, "lora", LoraConfig())
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
 
 
 TaskConfig = Annotated[AutoencoderTaskConfig | DiffusionTaskConfig, Field(discriminator="type")]
@@ -164,7 +214,7 @@ class LoopConfig:
     batch_size: Positive = 32  # images per optimizer step over all processes
     accumulation: Positive = 1  # micro-batches per step; batch_size counts them all
     seed: int = 0
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto: bf16 or no, whichever steps faster
     ema_decay: Fraction = 0.999  # 0: no moving average
     log_every: Positive = 50
     checkpoint_every: Positive = 1000
@@ -206,6 +256,8 @@ class TrainConfig:
         task = self.task
         if isinstance(task, AutoencoderTaskConfig) and task.base is not None and task.pca_images:
             raise ValueError("task.pca_images would overwrite the encoder of task.base; set it to 0")
+        if isinstance(task, AutoencoderTaskConfig) and not task.train_encoder and task.base is None:
+            raise ValueError("task.train_encoder=false keeps the encoder of task.base; name one (preset: null)")
         if (task.preset is None) == (task.base is None):
             raise ValueError("task: name either `preset` (from scratch; base: null) or `base` (preset: null)")
         if self.data.crop == "random" and task.type == "diffusion":
@@ -223,6 +275,16 @@ class TrainConfig:
                 raise ValueError(
                     "task.vae: a model from scratch needs an autoencoder (folder, run folder or Hub name)"
                 )
+            if (task.adapts or task.prior is not None) and task.base is None:
+                what = f"task.method={task.method}" if task.adapts else "task.prior"
+                raise ValueError(f"{what} needs a trained model: set task.base (preset: null)")
+            for condition in task.conditions:
+                if isinstance(condition, TextConditionConfig) and condition.new_words and not task.adapts:
+                    raise ValueError("new_words are taught by an adapter (task.method lora or norm)")
+                if isinstance(condition, TextConditionConfig) and condition.train_encoder and task.adapts:
+                    raise ValueError("train_encoder would change the frozen base; an adapter has lora.text_encoder")
+                if task.adapts and getattr(condition, "encoder", None) is not None:
+                    raise ValueError(f"an adapter keeps the encoders of its base: leave out {condition.type}.encoder")
             kinds = [condition.type for condition in task.conditions]
             if len(set(kinds)) != len(kinds):
                 raise ValueError(f"task.conditions names a kind twice: {', '.join(kinds)}")
@@ -318,6 +380,8 @@ _SECTIONS: dict[str, type] = {
     "text": TextConditionConfig,
     "image": ImageConditionConfig,
     "labels": LabelsConditionConfig,
+    "lora": LoraConfig,
+    "prior": PriorConfig,
 }
 
 

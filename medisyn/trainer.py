@@ -4,7 +4,7 @@
 - Which rows step s sees, and with which noise, is a function of (seed, s, position in the global batch): there is no
   data or random state to save, and neither batch splitting nor the number of processes changes the losses.
 - A checkpoint is written beside the old ones and renamed when complete, so a run killed at any moment resumes from
-  the last whole one. To resume is to run the same command again.
+  the last whole one. To resume is to run the same command again. Frozen weights are not written.
 
     medisyn train scripts/embedded_default/autoencoder.yaml
     accelerate launch --num_processes 2 -m medisyn train CONFIG.yaml
@@ -26,10 +26,12 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from medisyn.config import OptimConfig, TrainConfig, config_to_dict, load_config, save_config
+from medisyn.precision import settle_precision
 from medisyn.tasks import create_task
 from medisyn.tasks.base import TrainingTask, item_seed
 from medisyn.tasks.batches import training_batches
@@ -69,8 +71,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, task: TrainingTask | None = None) -> None:
-        self.config = config
         self.folder = Path(config.output_dir)
+        config = self.config = settle_precision(config, self.folder / "config.yaml")
         loop = config.train
         available = ["none", *(tracker.value for tracker in get_available_trackers())]
         if loop.tracker not in available:
@@ -105,6 +107,8 @@ class Trainer:
         self.task = task
         self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
         self.schedule = schedule
+        self.accelerator.register_save_state_pre_hook(self._leave_out_frozen)
+        self.accelerator.register_load_state_pre_hook(self._load_trained)
         self.accelerator.register_for_checkpointing(schedule)
         self.ema = None
         if loop.ema_decay:
@@ -269,6 +273,25 @@ class Trainer:
             )
         logger.info("resumed from %s", checkpoint)
         return step
+
+    def _leave_out_frozen(self, models: list, weights: list[dict], folder: str) -> None:
+        """What no step changes is not written: a base as large as Stable Diffusion would be written every time."""
+        frozen = {name for name, parameter in self.task.named_parameters() if not parameter.requires_grad}
+        for state in weights:
+            named = {name.removeprefix("module."): value for name, value in state.items()}  # of a distributed model
+            state.clear()
+            state.update({name: value for name, value in named.items() if name not in frozen})
+
+    def _load_trained(self, models: list, folder: str) -> None:
+        """Load what `_leave_out_frozen` left, and nothing less: an adapter is never dropped in silence."""
+        models.clear()  # accelerate would ask for the frozen weights as well
+        file = Path(folder) / "model.safetensors"
+        state, every = load_file(file), set(self.task.state_dict())
+        frozen = {name for name, parameter in self.task.named_parameters() if not parameter.requires_grad}
+        wrong = sorted((every - frozen - set(state)) | (set(state) - every))
+        if wrong:
+            raise ValueError(f"{file} is a checkpoint of another model: {wrong[0]} is only in one of the two")
+        self.task.load_state_dict(state, strict=False)
 
     def _save_checkpoint(self, step: int) -> None:
         folder = self.folder / "checkpoints"

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from medisyn.evaluation.agreement import LabelledFeatures, label_agreement, score_predictions
+from medisyn.evaluation.agreement import LabelledFeatures, label_agreement
+from medisyn.evaluation.scores import score_predictions
 
 CENTRES = {("CT", "normal"): 0, ("CT", "nodule"): 1, ("MRI", "normal"): 2, ("MRI", "glioma"): 3}
 
@@ -55,7 +56,7 @@ def test_classes_that_cannot_be_judged_are_left_out_with_a_reason():
         {"synthetic": LabelledFeatures(other, other_finding, other_modality)},
     )
     assert result["synthetic"]["images"] == 18
-    assert set(result["omitted_classes"]) == {"MRI / normal", "CT / fracture"}
+    assert set(result["omitted_classes"]) == {"MRI / normal", "MRI / glioma", "CT / fracture"}
     nothing = LabelledFeatures(other, [None] * len(other), other_modality)
     result = label_agreement(LabelledFeatures(features, finding, modality), {"synthetic": nothing})
     assert "no image has a label" in result["synthetic"]["omitted"]

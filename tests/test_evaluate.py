@@ -4,60 +4,20 @@ import json
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 
 from medisyn.backbone import model_hash
 from medisyn.data.loading import load_images
-from medisyn.evaluation import evaluate, format_table
-from medisyn.evaluation.report import nested_values
+from medisyn.evaluation import format_table
+from medisyn.evaluation.inputs import nested_values
 from medisyn.evaluation.sampling import draw_rows, generate_like
 from medisyn.generation.provenance import read_provenance, write_png
-
-COLOURS = {("CT", "normal"): (60, 60, 60), ("CT", "nodule"): (200, 200, 200), ("fundus", "normal"): (200, 80, 20)}
-
-
-def write_images(folder, number, seed, pairs=tuple(COLOURS), columns=("modality", "finding", "caption", "group_id")):
-    """`number` noisy 32 px images of each (modality, finding), with their table."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(seed)
-    lines = []
-    for modality, finding in pairs:
-        for index in range(number):
-            pixels = np.array(COLOURS[modality, finding]) + rng.normal(0, 25, (32, 32, 3))
-            name = f"{modality}-{finding}-{index}.png"
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name)
-            row = {
-                "modality": modality,
-                "finding": finding,
-                "caption": f"{modality} {finding}",
-                "group_id": f"{seed}-{modality}-{finding}-{index // 2}",
-            }
-            lines.append({"file_name": name} | {column: row[column] for column in columns})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(folder)
+from tests.evaluation import evaluation_data, run, write_images
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "tiny.pth")
-    return {
-        "real": write_images(folder / "real", 56, 1),
-        "train": write_images(folder / "train", 30, 2),
-        "synthetic": write_images(folder / "synthetic", 30, 3, columns=("modality", "finding")),
-        "unlabelled": write_images(folder / "unlabelled", 10, 4, columns=()),
-        "extractor": f"timm:test_efficientnet@{folder / 'tiny.pth'}?size=32",
-        "cache_dir": folder / "cache",
-    }
-
-
-def run(data, subject, out, real="real", **options):
-    options = {"extractor": data["extractor"], "cache_dir": data["cache_dir"], "progress": False} | options
-    return evaluate(subject, data[real], out=out, **options)
+    return evaluation_data(tmp_path_factory.mktemp("data"))
 
 
 def test_a_folder_of_images_gets_all_measures_as_a_file_a_table_and_a_grid(data, tmp_path, capsys):

@@ -11,6 +11,8 @@ Notable choices:
   and "normal" in a chest X-ray have nothing in common; the joint class is written "fundus photography / normal".
 * Classes are weighted equally in the fit, and balanced accuracy (mean recall over classes) stands beside accuracy.
 * Confidence intervals resample patients, not images, where real images have a patient.
+* Grades get a quadratic-weighted kappa of the same predictions, since grade 2 for grade 3 is nearly right.
+* Only outer values that are evaluated are fitted: those of a whole corpus cost minutes beside one new specialty.
 
     labelled = LabelledFeatures(features, labels=table["modality"])
     label_agreement(training, {"real": validation, "synthetic": labelled})["synthetic"]["accuracy"]
@@ -21,8 +23,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .scores import balanced_accuracy, score_grades, score_predictions
+
 REGULARISATION = 0.01  # inverse strength C; chosen on real validation images, where 0.001–0.1 differ by under 0.02
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class LabelledFeatures:
         pairs = zip(self.within, self.labels, strict=True)
         return [None if outer is None or label is None else f"{outer} / {label}" for outer, label in pairs]
 
+    def outer(self) -> list[str | None]:
+        """The outer value of each image: "" for a column that is not nested."""
+        return [""] * len(self.labels) if self.within is None else list(self.within)
+
 
 def fit_classifier(features: np.ndarray, labels: Sequence[str]):
     """Scikit-learn pipeline (standardisation, logistic regression) fitted on features (N, D); at least two classes."""
@@ -61,23 +68,30 @@ def fit_classifier(features: np.ndarray, labels: Sequence[str]):
     return make_pipeline(StandardScaler(), regression).fit(features, np.asarray(labels))
 
 
-def label_agreement(training: LabelledFeatures, evaluated: Mapping[str, LabelledFeatures], seed: int = 0) -> dict:
+def label_agreement(
+    training: LabelledFeatures,
+    evaluated: Mapping[str, LabelledFeatures],
+    seed: int = 0,
+    grades: Mapping[str, Sequence[str]] | None = None,
+) -> dict:
     """Fit on `training`, score each of `evaluated`.
 
     Args:
         training: Real training images.
         evaluated: Name, such as "real" or "synthetic", to images with the labels they have or were asked to have.
         seed: Of the bootstrap.
+        grades: For an ordinal column, outer value ("" if it is not nested) to all its labels, lowest first.
 
     Returns:
         `chance` (expected balanced accuracy of guessing), `training_images` (their number), `omitted_classes` (class
         to reason) and, per name of `evaluated`, what `score_predictions` returns, with `by_outer_value` for a nested
-        column; or `{"omitted": reason}`.
+        column and `ordinal` (outer value, or "all", to what `score_grades` returns) for one with grades; or
+        `{"omitted": reason}`.
     """
-    training_classes = training.classes()
-    outer = training.within if training.within is not None else [""] * len(training_classes)
+    training_classes, outer = training.classes(), training.outer()
+    wanted = {value for images in evaluated.values() for value in images.outer()}
     classifiers, omitted, chances = {}, {}, []
-    for value in sorted({value for value in outer if value is not None}):
+    for value in sorted({value for value in outer if value is not None} & wanted):
         rows = [row for row, known in enumerate(training_classes) if known is not None and outer[row] == value]
         classes = sorted({training_classes[row] for row in rows})
         if len(classes) < 2:
@@ -89,105 +103,50 @@ def label_agreement(training: LabelledFeatures, evaluated: Mapping[str, Labelled
         return {"omitted": "the training images have fewer than two classes to tell apart"}
     result: dict = {"chance": float(np.mean(chances)), "training_images": len(training.features)}
     for name, images in evaluated.items():
-        result[name] = _score(classifiers, omitted, images, seed)
+        result[name] = _score(classifiers, omitted, images, seed, grades or {})
     return result | {"omitted_classes": omitted}
 
 
-def _score(classifiers: dict, omitted: dict, images: LabelledFeatures, seed: int) -> dict:
+def _score(classifiers: dict, omitted: dict, images: LabelledFeatures, seed: int, grades: Mapping) -> dict:
     """Scores of one set; classes that training images do not have are added to `omitted`."""
-    classes = images.classes()
-    outer = images.within if images.within is not None else [""] * len(classes)
-    rows, predicted = [], []
+    classes, outer = images.classes(), images.outer()
+    known = {label for classifier in classifiers.values() for label in classifier.classes_.tolist()}
+    for label in sorted({label for label in classes if label is not None} - known):
+        omitted.setdefault(label, "not among the training images")
+    predicted: dict[int, str] = {}
+    parts: dict[str, list[int]] = {}
     for value, classifier in classifiers.items():
-        known = set(classifier.classes_.tolist())
-        own = [row for row, label in enumerate(classes) if outer[row] == value and label is not None]
-        omitted.update(dict.fromkeys({classes[row] for row in own} - known, "not among the training images"))
-        own = [row for row in own if classes[row] in known]
+        own = [row for row, label in enumerate(classes) if outer[row] == value and label in known]
         if own:
-            rows += own
-            predicted += classifier.predict(images.features[own]).tolist()
-    if not rows:
+            parts[value] = own
+            predicted.update(zip(own, classifier.predict(images.features[own]).tolist(), strict=True))
+    if not predicted:
         return {"omitted": "no image has a label that the training images have"}
-    groups = None if images.groups is None else [images.groups[row] for row in rows]
-    labels = [classes[row] for row in rows]
-    scores = score_predictions(predicted, labels, groups, seed=seed)
+
+    def select(rows: Sequence[int]) -> tuple[list[str], list[str], list[Hashable] | None]:
+        groups = None if images.groups is None else [images.groups[row] for row in rows]
+        return [predicted[row] for row in rows], [classes[row] for row in rows], groups
+
+    scores = score_predictions(*select(list(predicted)), seed=seed)
     if images.within is not None:
         scores["by_outer_value"] = {}
-        for value in classifiers:
-            own = [position for position, row in enumerate(rows) if outer[row] == value]
-            if own:
-                own_labels, own_predicted = [labels[i] for i in own], [predicted[i] for i in own]
-                scores["by_outer_value"][value] = {
-                    "images": len(own),
-                    "accuracy": float(np.mean([a == b for a, b in zip(own_labels, own_predicted, strict=True)])),
-                    "balanced_accuracy": _balanced_accuracy(own_labels, own_predicted),
-                }
+        for value, own in parts.items():
+            own_predicted, own_labels, _ = select(own)
+            scores["by_outer_value"][value] = {
+                "images": len(own),
+                "accuracy": float(np.mean([a == b for a, b in zip(own_labels, own_predicted, strict=True)])),
+                "balanced_accuracy": balanced_accuracy(own_labels, own_predicted),
+            }
+    if grades:
+        scores["ordinal"] = {}
+        for value, order in grades.items():
+            own_predicted, own_labels, groups = select(parts.get(value, []))
+            prefix = len(f"{value} / ") if images.within is not None else 0
+            scores["ordinal"][value or "all"] = score_grades(
+                [label[prefix:] for label in own_predicted],
+                [label[prefix:] for label in own_labels],
+                order,
+                groups,
+                seed=seed,
+            )
     return scores
-
-
-def score_predictions(
-    predicted: Sequence[str],
-    labels: Sequence[str],
-    groups: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict:
-    """Accuracy, balanced accuracy, recall per class and confusion matrix.
-
-    Args:
-        predicted: Class that the classifier gave each image.
-        labels: Class that each image has or was asked to have.
-        groups: Images of one group (patient) are drawn together in the bootstrap; None draws single images.
-        resamples: Bootstrap draws for the 95 % percentile intervals.
-        seed: Of the bootstrap.
-
-    Returns:
-        `images`, `accuracy`, `balanced_accuracy`, their `*_interval` [low, high], `per_class` (class to images and
-        recall) and `confusion_matrix` (classes; counts, one row per label, one column per prediction).
-    """
-    classes = sorted({*labels, *predicted})
-    label_index = np.array([classes.index(label) for label in labels])
-    right = np.asarray(predicted) == np.asarray(labels)
-    scores: dict = {
-        "images": len(labels),
-        "accuracy": float(right.mean()),
-        "balanced_accuracy": _balanced_accuracy(labels, predicted),
-    }
-    draws = _bootstrap(label_index, right, groups, resamples, seed)
-    for name, values in zip(("accuracy", "balanced_accuracy"), draws, strict=True):
-        scores[f"{name}_interval"] = [float(bound) for bound in np.percentile(values, (2.5, 97.5))]
-    counts = np.zeros((len(classes), len(classes)), dtype=int)
-    np.add.at(counts, (label_index, [classes.index(label) for label in predicted]), 1)
-    scores["per_class"] = {
-        label: {"images": int(row.sum()), "recall": float(row[index] / row.sum())}
-        for index, (label, row) in enumerate(zip(classes, counts, strict=True))
-        if row.sum()
-    }
-    scores["confusion_matrix"] = {"classes": classes, "counts": counts.tolist()}
-    return scores
-
-
-def _balanced_accuracy(labels: Sequence[str], predicted: Sequence[str]) -> float:
-    """Mean recall over the classes that occur among `labels`."""
-    from sklearn.metrics import recall_score
-
-    return float(recall_score(labels, predicted, labels=sorted(set(labels)), average="macro", zero_division=0))
-
-
-def _bootstrap(
-    label_index: np.ndarray, right: np.ndarray, groups: Sequence[Hashable] | None, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and balanced accuracy of `resamples` draws of groups with replacement."""
-    names = range(len(right)) if groups is None else groups
-    position = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    group_index = np.array([position[name] for name in names])
-    number = len(position)
-    rng = np.random.default_rng(seed)
-    accuracy, balanced = np.empty(resamples), np.empty(resamples)
-    for draw in range(resamples):
-        weight = np.bincount(rng.integers(number, size=number), minlength=number)[group_index].astype(float)
-        accuracy[draw] = np.average(right, weights=weight)
-        total = np.bincount(label_index, weight)
-        drawn = total > 0  # a draw may miss a rare class
-        balanced[draw] = np.mean(np.bincount(label_index, weight * right)[drawn] / total[drawn])
-    return accuracy, balanced

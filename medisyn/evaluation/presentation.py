@@ -22,9 +22,10 @@ SCORES = ("precision", "recall", "density", "coverage")
 def format_table(report: Mapping) -> str:
     """The report as Markdown that reads well as plain text, with real against real beside every value."""
     subject, extractor = report["subject"], report["extractor"]
+    adapters = " and ".join(f"{name} (weight {weight:g})" for name, weight in subject.get("adapters", {}).items())
     images = ", ".join(f"{count} {name}" for name, count in report["images"].items())
     parts = [
-        f"# Evaluation of {subject.get('model') or subject['images']}",
+        f"# Evaluation of {subject.get('model') or subject['images']}" + (f" with {adapters}" if adapters else ""),
         f"{images} images at {extractor['resolution']} px. Features: `{extractor['spec']}` ({extractor['features']} "
         f"numbers, weights sha256 {extractor['weights_sha256'][:12]}).",
         "## Fidelity",
@@ -32,6 +33,7 @@ def format_table(report: Mapping) -> str:
         _fidelity_text(report["fidelity"]),
         "## Label agreement",
         _agreement_text(report["agreement"]),
+        *_ordinal_text(report["agreement"]),
         "## Nearest training image",
         _nearest_text(report["nearest_training_image"]),
         "## Notes",
@@ -83,6 +85,31 @@ def _agreement_text(agreement: Mapping) -> str:
     first = {name: index for index, name in reversed([(index, row[0]) for index, row in enumerate(rows)])}
     rows.sort(key=lambda row: first[row[0]])
     return _table(["column", "images", "N", "accuracy [95 %]", "balanced accuracy [95 %]", "chance"], rows)
+
+
+def _ordinal_text(agreement: Mapping) -> list[str]:
+    """The section of grades, if a column has any."""
+    rows = []
+    for column, result in agreement.items() if "omitted" not in agreement else ():
+        real, synthetic = (result.get(name, {}).get("ordinal", {}) for name in ("real", "synthetic"))
+        for value in {**real, **synthetic}:
+            for name, scores in (("real", real.get(value)), ("synthetic", synthetic.get(value))):
+                row = [column if value == "all" else f"{column} in {value}", name]
+                if scores is None or "omitted" in scores:
+                    rows.append([*row, "omitted: " + ("no such column" if scores is None else scores["omitted"])])
+                    continue
+                low, high = scores["quadratic_weighted_kappa_interval"]
+                kappa = f"{scores['quadratic_weighted_kappa']:.3f} [{low:.3f}, {high:.3f}]"
+                rows.append([*row, str(scores["images"]), kappa, " < ".join(scores["grades"])])
+    if not rows:
+        return []
+    header = ["column", "images", "N", "kappa [95 %]", "grades"]
+    return [
+        "## Agreement of grades",
+        "Quadratic-weighted kappa of the classifier's grade with that of the image or the request: 1 is the same, 0 "
+        "is chance.",
+        _table(header, rows),
+    ]
 
 
 def _agreement_cells(scores: Mapping) -> list[str]:

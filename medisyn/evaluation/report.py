@@ -6,43 +6,60 @@ Notable choices:
   one seed per image. The row's labels become the requested labels of its image, and the images are kept as a folder
   that can be evaluated again.
 * Columns of `per` nest: `modality,finding` looks at findings within their modality.
-* Evaluation refuses real images that the model was trained on, by the hashes of `training_images.json`, which travels
-  with a model, or that are among `train`. Below 2 %, copies are left out instead, and counted in the report.
+* Evaluation refuses real images that the model or its adapter was trained on, by the hashes of `training_images.json`,
+  which travels with both, or that are among `train`. Below 2 %, copies are left out instead, and counted.
+* Captions and seeds depend on the real images and the seed alone: reports with and without an adapter compare.
+* A new specialty is judged with `train` = the base's images and the new ones, and `real` = new ones: the agreement of
+  the column `modality` is then the share of images that a classifier of all modalities puts into the new one.
 * All images are brought to the size of the synthetic ones before features are taken.
 
-    medisyn evaluate outputs/run/pipeline --real "corpus/validation-*.parquet" --train "corpus/train-*.parquet" \
-        --extractor timm:tf_efficientnet_lite0@efficientnet_lite0.pth --out outputs/evaluation
+    medisyn evaluate default --adapter adapters/knees --real knees@validation --train knees@train \
+        --train "corpus/train-*.parquet" --ordinal finding --extractor timm:tf_efficientnet_lite0@lite0.pth
 """
 
-import glob
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import DataConfig
-from ..data.loading import ImageDataset, load_images
-from ..training_record import read_training_record
 from .agreement import LabelledFeatures, label_agreement
 from .features import extract_features, load_extractor
 from .fidelity import NEAREST, fidelity, fidelity_by_value, nearest_training_distance
+from .inputs import (
+    Images,
+    groups_of,
+    is_images,
+    lacking_column,
+    nested_values,
+    open_images,
+    open_pipeline,
+    shipped_schema,
+    source_names,
+    with_labels,
+    without_overlap,
+)
+from .ordinal import Ordinal, find_grades, parse_ordinal
 from .presentation import comparison_grid, format_table, write_report
-from .sampling import check_replaceable, generate_like, model_name
+from .sampling import adapter_names, check_replaceable, generate_like, model_name
 
 if TYPE_CHECKING:
+    from ..data.loading import ImageDataset
+    from ..loading import Adapters
     from ..pipelines.medisyn_pipeline import MediSynPipeline
 
 USUAL_COLUMNS = ("modality", "finding")
-TOLERATED_OVERLAP = 0.02  # many public collections have a few copies across their splits; these are left out
 
 
 def evaluate(
     model_or_folder: "str | Path | ImageDataset | MediSynPipeline | None",
-    real: "str | Path | DataConfig | ImageDataset",
+    real: Images,
     *,
-    train: "str | Path | DataConfig | ImageDataset | None" = None,
+    adapter: "Adapters | None" = None,
+    train: Images | None = None,
     per: Sequence[str] | None = None,
+    ordinal: Ordinal | None = None,
+    label_columns: Mapping[str, str] | None = None,
     extractor: str = "inception",
     num_images: int = 600,
     num_inference_steps: int | None = None,
@@ -60,9 +77,14 @@ def evaluate(
     Args:
         model_or_folder: A pipeline, its folder or Hub name, None for the embedded default; or synthetic images: a
             folder with `metadata.jsonl`, or any source of `load_images`. Its `per` columns are the requested labels.
-        real: Real images that the model has not seen. A string may end in `@SPLIT`.
-        train: Real training images; needed for label agreement and for the distance to the nearest training image.
+        real: Real images that the model has not seen, of one source or several. A string may end in `@SPLIT`.
+        adapter: What `medisyn.load_pipeline` takes: a name, several, or a mapping from names to weights.
+        train: Real training images, of one source or several; needed for label agreement and for the distance to the
+            nearest training image.
         per: Columns to report on, each nested in those before it; None takes those of `USUAL_COLUMNS` that `real` has.
+        ordinal: Those of them whose values are grades, which adds quadratic-weighted kappa: "COLUMN" where the values
+            end in numbers, else "COLUMN=FIRST,SECOND,..." from the lowest to the highest; several, or a mapping.
+        label_columns: Label field of the model -> column of `real`, for fields that its schema cannot read by itself.
         extractor: One of `medisyn.evaluation.EXTRACTORS`.
         num_images: Images to generate; of a folder, all are used.
         num_inference_steps: Of the sampler; None is the pipeline's default.
@@ -79,41 +101,47 @@ def evaluate(
         The content of `report.json`.
 
     Raises:
-        ValueError: Unknown extractor or column, or real images that the model was trained on.
+        ValueError: Unknown extractor or column, an ordinal column without an order, an adapter for images or of
+            another base, or real images that the model was trained on.
         FileNotFoundError: A source does not exist.
         FileExistsError: `out` has a folder `images` that no evaluation made.
         OSError: `out` cannot be written, or extractor weights cannot be downloaded.
     """
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
+    orders = parse_ordinal(ordinal)
     out = Path(out)
-    pipe = None if _is_images(model_or_folder) else _open_pipeline(model_or_folder)
+    if is_images(model_or_folder) and (adapter is not None or label_columns):
+        raise ValueError(f"adapter and label_columns are for a model, but {str(model_or_folder)!r} names images")
+    pipe = None if is_images(model_or_folder) else open_pipeline(model_or_folder, adapter)
     if pipe is not None:
         check_replaceable(out / "images")
-    real = _open_images(real, None if pipe is None else _shipped_schema(pipe))
-    train = None if train is None else _open_images(train)
+    columns = USUAL_COLUMNS if per is None else tuple(per)
+    everything = open_images(real, (*columns, "caption"), shipped_schema(pipe))
+    if label_columns:
+        everything = with_labels(everything, pipe, label_columns)
+    train = None if train is None else open_images(train, columns)
     if per is None:
-        per = [column for column in USUAL_COLUMNS if column in real.column_names]
-    real, overlap = _without_overlap(pipe, real, train, allow_overlap)
+        per = [column for column in USUAL_COLUMNS if column in everything.column_names]
+    real, overlap = without_overlap(pipe, everything, train, allow_overlap, adapter)
     real_values = nested_values(real, per)
+    grades = _grades(orders, real, train, per)
     # Built before anything is generated, so that a missing weights file does not cost an hour.
     features_of = load_extractor(extractor, pipe)
     out.mkdir(parents=True, exist_ok=True)
     if pipe is None:
-        synthetic = _open_images(model_or_folder)
+        synthetic = open_images(model_or_folder)
         subject: dict[str, Any] = {"images": str(synthetic.config.source)}
     else:
         arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         arguments = {name: value for name, value in arguments.items() if value is not None}
-        synthetic = generate_like(pipe, real, out / "images", per, num_images, seed, batch_size, progress, **arguments)
-        from ..backbone import model_hash
-
-        subject = {
-            "model": model_name(pipe),
-            "model_hash": model_hash(pipe),
-            "conditions": list(pipe.kinds),
-            **arguments,
-        }
+        # Also the captions of copies, so that what a model has seen does not change what is asked for. An image is not
+        # only asked for but shown to the model.
+        asked = real if "image" in pipe.kinds else everything
+        synthetic = generate_like(
+            pipe, asked, out / "images", per, num_images, seed, batch_size, progress, **arguments
+        )
+        subject = _subject(pipe) | {"conditions": list(pipe.kinds), **arguments}
 
     features_of.resolution = min(synthetic.image(0).size)
     sets = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})
@@ -121,13 +149,13 @@ def evaluate(
         name: extract_features(features_of, images, cache_dir, progress=progress) for name, images in sets.items()
     }
     requested = nested_values(synthetic, [column for column in per if column in synthetic.column_names])
-    groups = _groups(real, group_column)
-    train_groups = None if train is None else _groups(train, group_column)
+    groups = groups_of(real, group_column)
+    train_groups = None if train is None else groups_of(train, group_column)
     shared = None if groups is None or train_groups is None else len(set(groups) & set(train_groups))
     report = {
         "subject": subject | {"seed": seed},
         "images": {name: len(images) for name, images in sets.items()},
-        "sources": {name: images.config.source for name, images in sets.items()},
+        "sources": {name: source_names(images) for name, images in sets.items()},
         "extractor": {
             "spec": extractor,
             "weights_sha256": features_of.weights_sha256,
@@ -136,7 +164,7 @@ def evaluate(
         },
         "overlap": overlap,
         "fidelity": _fidelity(features, real_values, requested, groups, seed),
-        "agreement": _agreement(features, sets, per, groups, seed),
+        "agreement": _agreement(features, sets, per, groups, seed, grades),
         "nearest_training_image": _nearest(features, seed),
         "notes": _notes(per, requested, groups, shared, overlap),
     }
@@ -147,98 +175,14 @@ def evaluate(
     return report
 
 
-def nested_values(dataset: ImageDataset, columns: Sequence[str]) -> dict[str, list[str | None]]:
-    """Per column, one value per image: "CT / normal" for a finding within a modality; None where a part is missing."""
-    values: dict[str, list[str | None]] = {}
-    outer = None
-    for column in columns:
-        own = [None if value is None else str(value) for value in dataset.column(column)]
-        if outer is not None:
-            own = [None if a is None or b is None else f"{a} / {b}" for a, b in zip(outer, own, strict=True)]
-        values[column] = outer = own
-    return values
+def _subject(pipe: "MediSynPipeline") -> dict[str, Any]:
+    """Names and hashes of the model and, where there are any, of its adapters with their weights."""
+    from ..generation.provenance import adapter_hash
+    from ..lora import base_hash
 
-
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-def _is_images(source) -> bool:
-    """Whether `source` names images rather than a model: it exists and is no pipeline's folder, or is a glob."""
-    if isinstance(source, ImageDataset):
-        return True
-    if not isinstance(source, str | Path):
-        return False
-    if any((Path(source) / place / "model_index.json").is_file() for place in (".", "pipeline")):
-        return False
-    return Path(source).exists() or bool(glob.glob(str(source)))
-
-
-def _open_pipeline(source) -> "MediSynPipeline":
-    if source is not None and not isinstance(source, str | Path):
-        return source
-    import torch
-
-    from ..backbone import load_pipeline
-
-    pipe = load_pipeline(None if source is None else str(source))
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipe.set_progress_bar_config(disable=True)  # one bar over all batches instead
-    return pipe
-
-
-def _shipped_schema(pipe) -> str | None:
-    """The schema whose rules read the labels of real images for `pipe`; one's own comes with a `DataConfig`."""
-    if "labels" not in pipe.kinds:
-        return None
-    from ..conditions.labels import list_schemas
-
-    return pipe.label_schema["name"] if pipe.label_schema["name"] in list_schemas() else None
-
-
-def _open_images(source, label_schema: str | None = None) -> ImageDataset:
-    if isinstance(source, ImageDataset):
-        return source
-    if isinstance(source, DataConfig):
-        return load_images(source)
-    name, _, split = str(source).rpartition("@")
-    if not name or Path(source).exists():
-        name, split = str(source), "train"
-    return load_images(name, split=split, caption_column=None, label_schema=label_schema)
-
-
-def _groups(dataset: ImageDataset, group_column: str) -> list[Hashable] | None:
-    column = dataset.config.group_column or (group_column if group_column in dataset.column_names else None)
-    if column is None:
-        return None
-    return [("row", row) if group is None else group for row, group in enumerate(dataset.column(column))]
-
-
-def _without_overlap(
-    pipe, real: ImageDataset, train: ImageDataset | None, allow_overlap: bool
-) -> tuple[ImageDataset, dict]:
-    """`real` without what the model or `train` has, and the counts; None where that cannot be known."""
-    hashes = real.hashes()
-    seen = {"model": _training_hashes(pipe), "train": None if train is None else set(train.hashes())}
-    overlap: dict = {name: None if known is None else sum(h in known for h in hashes) for name, known in seen.items()}
-    everything = set().union(*(known for known in seen.values() if known is not None))
-    unseen = np.array([content not in everything for content in hashes])
-    count = int((~unseen).sum())
-    if count > TOLERATED_OVERLAP * len(real) and not allow_overlap:
-        whose = "the model's training images" if overlap["model"] else "the images given as train"
-        raise ValueError(
-            f"{count} of {len(real)} real images are among {whose}: they measure memory, not quality; give images "
-            "that the model has not seen, or allow the overlap"
-        )
-    overlap["left_out"] = 0 if allow_overlap else count
-    return (real if allow_overlap or not count else real.select(unseen)), overlap
-
-
-def _training_hashes(pipe) -> set[str] | None:
-    if pipe is None:
-        return None
-    folder = pipe.config.get("_name_or_path")
-    record = read_training_record(folder) if folder else None
-    return None if record is None else set(record["hashes"])
+    subject: dict[str, Any] = {"model": model_name(pipe), "model_hash": base_hash(pipe)}
+    adapters = adapter_names(pipe)
+    return subject | ({"adapters": adapters, "adapter_hash": adapter_hash(pipe)} if adapters else {})
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -255,22 +199,44 @@ def _fidelity(features: dict, real_values: dict, requested: dict, groups: list |
     return result
 
 
-def _agreement(features: dict, sets: dict, per: Sequence[str], groups: list | None, seed: int) -> dict:
+def _grades(
+    orders: Mapping[str, Sequence[str] | None], real: "ImageDataset", train: "ImageDataset | None", per: Sequence[str]
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Per ordinal column, the grades of each outer value that `real` has."""
+    grades = {}
+    for column, order in orders.items():
+        if column not in per:
+            raise ValueError(
+                f"the ordinal column {column!r} is not among those to report on: {', '.join(per) or 'none'}"
+            )
+        if train is None:
+            raise ValueError(f"agreement of the ordinal column {column!r} needs training images: give train")
+        depth = per.index(column)
+        outer = [nested_values(images, per[:depth])[per[depth - 1]] if depth else None for images in (real, train)]
+        labels = [None if value is None else str(value) for value in train.column(column)]
+        grades[column] = find_grades(column, order, labels, outer[1], None if outer[0] is None else set(outer[0]))
+    return grades
+
+
+def _agreement(
+    features: dict, sets: dict, per: Sequence[str], groups: list | None, seed: int, grades: Mapping[str, Mapping]
+) -> dict:
     if "train" not in sets:
         return {"omitted": "no training images were given"}
     result = {}
     for depth, column in enumerate(per):
-        lacking = [name for name, images in sets.items() if not set(per[: depth + 1]) <= set(images.column_names)]
-        if "train" in lacking or "real" in lacking:
-            result[column] = {"omitted": f"no column {column!r} in the {lacking[0]} images"}
+        lacking = {name: lacking_column(images, per[: depth + 1]) for name, images in sets.items()}
+        reason = lacking["train"] or lacking["real"]
+        if reason is not None:
+            result[column] = {"omitted": reason}
             continue
         labelled = {}
-        for name in sets.keys() - set(lacking):
+        for name in (name for name, reason in lacking.items() if reason is None):
             own = [None if value is None else str(value) for value in sets[name].column(column)]
             within = nested_values(sets[name], per[:depth])[per[depth - 1]] if depth else None
             labelled[name] = LabelledFeatures(features[name], own, within, groups if name == "real" else None)
         training = labelled.pop("train")
-        result[column] = label_agreement(training, dict(sorted(labelled.items())), seed)
+        result[column] = label_agreement(training, dict(sorted(labelled.items())), seed, grades.get(column))
     return result
 
 
@@ -301,13 +267,16 @@ def _notes(
         notes.append(
             f"The synthetic images have no column {', '.join(missing)}: no agreement with what was asked for."
         )
-    if overlap["model"] is None:
-        notes.append("Leakage was not checked against the model: its training images are not known.")
+    seen = {"the model": overlap["model"]}
+    seen |= {f"the adapter {name!r}": count for name, count in overlap.get("adapters", {}).items()}
+    for name, count in seen.items():
+        if count is None:
+            notes.append(f"Leakage was not checked against {name}: its training images are not known.")
     if overlap["left_out"]:
         notes.append(f"{overlap['left_out']} real images are copies of training images and were left out.")
-    elif overlap["model"] or overlap["train"]:
-        seen = overlap["model"] or overlap["train"]
-        notes.append(f"LEAKAGE: {seen} real images are copies of training images and were kept on request.")
+    elif any(seen.values()) or overlap["train"]:
+        most = max(count or 0 for count in (*seen.values(), overlap["train"]))
+        notes.append(f"LEAKAGE: {most} real images are copies of training images and were kept on request.")
     if shared_groups:
         notes.append(f"LEAKAGE: {shared_groups} patients have images in both the real and the training set.")
     return notes

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..backbone import model_hash
 from ..data.loading import ImageDataset, load_images
 from ..generation.output_folder import METADATA
 from ..generation.provenance import SOFTWARE, adapter_hash, read_provenance, write_json_lines, write_png
@@ -156,6 +155,13 @@ def model_name(pipe: MediSynPipeline) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
+def adapter_names(pipe: MediSynPipeline) -> dict[str, float]:
+    """The adapters on a pipeline with their weights."""
+    from ..lora import loaded_adapters
+
+    return {name: adapter.weight for name, adapter in loaded_adapters(pipe).items()}
+
+
 def _is_own(file: Path, images: set[str]) -> bool:
     """Whether `generate_like` made a file of a folder with `images` of its own."""
     if file.is_symlink() or not file.is_file():
@@ -178,12 +184,15 @@ def _remove(folder: Path) -> None:
 
 def _provenance(pipe: MediSynPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     """What all images have in common, under the names that `medisyn generate` uses."""
+    from ..lora import base_hash
+
     parameters = inspect.signature(type(pipe).__call__).parameters
     return {
         **{name: arguments.get(name, parameters[name].default) for name in SETTINGS},
         "scheduler": type(pipe.scheduler).__name__,
         "model": model_name(pipe),
-        "model_hash": model_hash(pipe),
+        "model_hash": base_hash(pipe),
+        "adapter": ", ".join(f"{name}={weight:g}" for name, weight in adapter_names(pipe).items()) or None,
         "adapter_hash": adapter_hash(pipe),
         "software": SOFTWARE,
         "synthetic": True,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SOFTWARE = f"medisyn {medisyn.__version__}"
 NOTICE = "synthetic image, not for diagnosis"
 HASH_DIGITS = 12
+ADAPTERS = "_medisyn_adapters"  # attribute of a pipeline that has adapters, see `medisyn.lora`
 
 # Chunks whose value is JSON when read back; all others are text.
 _JSON_KEYS = frozenset(
@@ -79,10 +80,21 @@ def file_hash(path: Path) -> str:
 
 
 def adapter_hash(pipe: "MediSynPipeline") -> str | None:
-    """Identity of the LoRA adapters loaded into a pipeline (weights, rank and alpha), 12 hexadecimal digits.
+    """Identity of the adapters that change a pipeline's images, with their weights; 12 hexadecimal digits.
 
     None without an adapter, or when it was fused: then it is part of the model's own hash.
     """
+    state = getattr(pipe, ADAPTERS, None)
+    if state is None:
+        return low_rank_hash(pipe)
+    active = sorted((each.hash, each.weight) for each in state.adapters.values() if each.weight)
+    if not active:
+        return None
+    return hashlib.sha256(json.dumps(active).encode()).hexdigest()[:HASH_DIGITS]
+
+
+def low_rank_hash(pipe: "MediSynPipeline") -> str | None:
+    """Identity of the LoRA weights in a pipeline (values, rank and alpha); None without any."""
     digest, found = hashlib.sha256(), False
     for component in ("unet", "text_encoder"):
         module = getattr(pipe, component, None)

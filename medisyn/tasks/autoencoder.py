@@ -25,8 +25,11 @@ from medisyn.config import AutoencoderTaskConfig, TrainConfig
 from medisyn.data.preprocessing import Preprocessor
 from medisyn.losses import discriminator_hinge_loss, kl_to_standard_normal, peak_signal_to_noise_ratio
 from medisyn.perceptual import build_perceptual
-from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal
+from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
+
+# streams of an item's seed; the posterior's noise is stream 0
+_DISTURBANCE, _STRENGTH = 1, 2
 
 
 class AutoencoderTask(TrainingTask):
@@ -48,6 +51,9 @@ class AutoencoderTask(TrainingTask):
             self.vae = create_autoencoder(self.options.preset)
         else:
             self.vae = load_autoencoder(self.options.base)
+        if not self.options.train_encoder:
+            self.vae.requires_grad_(False)
+            self.vae.decoder.requires_grad_(True)
         if self.options.pca_images:
             initialize_from_pca(self.vae, self._stack(self.images, self._spread(self.images, self.options.pca_images)))
         self.discriminator = None
@@ -64,20 +70,22 @@ class AutoencoderTask(TrainingTask):
         return {"images": self.preprocess(self.images.image(row), rng)}
 
     def averaged_parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the autoencoder, not of the discriminator."""
-        return list(self.vae.parameters())
+        """Those of the autoencoder that are trained, not of the discriminator."""
+        return [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted sum of the losses, and each of them."""
         images = batch["images"].contiguous(memory_format=torch.channels_last)
         options, losses = self.options, {}
-        if isinstance(self.vae, AutoencoderKL):
-            posterior = self.vae.encode(images).latent_dist
-            noise = seeded_normal(batch["seed"], posterior.mean.shape[1:]).to(posterior.mean)
-            reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
-            losses["kl"] = kl_to_standard_normal(posterior.mean.float(), posterior.logvar.float())
-        else:
-            reconstruction = self.vae.decode(self.vae.encode(images).latent).sample.float()
+        with torch.set_grad_enabled(options.train_encoder):
+            if isinstance(self.vae, AutoencoderKL):
+                posterior = self.vae.encode(images).latent_dist
+                noise = seeded_normal(batch["seed"], posterior.mean.shape[1:]).to(posterior.mean)
+                latents = posterior.mean + posterior.std * noise
+                losses["kl"] = kl_to_standard_normal(posterior.mean.float(), posterior.logvar.float())
+            else:
+                latents = self.vae.encode(images).latent
+        reconstruction = self.vae.decode(self._disturbed(latents, batch["seed"])).sample.float()
         losses["l1"] = (reconstruction - images).abs().mean()
         losses["l2"] = (reconstruction - images).square().mean()
         total = options.l1_weight * losses["l1"] + options.l2_weight * losses["l2"]
@@ -91,6 +99,14 @@ class AutoencoderTask(TrainingTask):
             weight = options.adversarial_weight if step >= options.adversarial_start else 0.0
             total = total + weight * losses["generator"] + losses["discriminator"]
         return {"loss": total} | {name: value.detach() for name, value in losses.items()}
+
+    def _disturbed(self, latents: Tensor, seeds: Tensor) -> Tensor:
+        """Latents with noise of a strength of their own, between none and `latent_noise`."""
+        if not self.options.latent_noise:
+            return latents
+        strength = self.options.latent_noise * seeded_uniform(seeds, 1, _STRENGTH)[:, :, None, None]
+        noise = strength * seeded_normal(seeds, latents.shape[1:], _DISTURBANCE) / self.vae.config.scaling_factor
+        return latents + noise.to(latents)
 
     def _adversarial(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         frozen = {name: tensor.detach() for name, tensor in self.discriminator.state_dict(keep_vars=True).items()}
@@ -125,11 +141,12 @@ class AutoencoderTask(TrainingTask):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Fit the latent scale, then write `vae/` (stock component) and `latent_scale.json`."""
-        images = self._stack(self.images, self._spread(self.images, self.options.scale_images))
-        report = fit_latent_scale(self.vae, torch.cat([self._encode(part) for part in images.split(32)]))
+        """Write `vae/` (stock component); where the encoder was trained, fit the latent scale first and write it too."""
+        if self.options.train_encoder:
+            images = self._stack(self.images, self._spread(self.images, self.options.scale_images))
+            report = fit_latent_scale(self.vae, torch.cat([self._encode(part) for part in images.split(32)]))
+            (folder / "latent_scale.json").write_text(json.dumps(report, indent=2))
         self.vae.save_pretrained(folder / "vae")
-        (folder / "latent_scale.json").write_text(json.dumps(report, indent=2))
         base = find_training_record(self.options.base) if self.options.base is not None else None
         write_training_record(
             folder / "vae", merge_training_records(image_record(self.images), *([base] if base else []))

@@ -2,15 +2,16 @@
 
 - The task builds a `MediSynPipeline` and trains inside it: conditions are encoded, nulled, wired and latents are
   scaled by the pipeline's own methods, so sampling cannot drift from training.
+- All weights are trained, or an adapter beside a frozen base (`method: lora` or `norm`), which is what is then saved.
 - What is frozen is computed once: latent moments (never samples) and the embeddings of frozen encoders.
 - Timestep, noise, posterior sample and condition dropout of an item come from its seed alone.
 
     medisyn train scripts/embedded_default/diffusion.yaml
+    medisyn train scripts/knee_osteoarthritis/lora.yaml
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 from torch import Tensor, nn
 
-from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline
-from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition
-from medisyn.config import DataConfig, DiffusionTaskConfig, TrainConfig
-from medisyn.data.cache import EmbeddingCache, LatentCache, build_latent_cache
-from medisyn.data.loading import ImageDataset
+from medisyn import extension
+from medisyn.adapter_folder import make_manifest
+from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline, model_hash
+from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition, get_schema
+from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
+from medisyn.data.cache import build_latent_cache
+from medisyn.data.loading import ImageDataset, load_readable
 from medisyn.data.preprocessing import Preprocessor
+from medisyn.lora import TRAINED, norm_parameters, prepare_adapter, save_adapter
 from medisyn.losses import diffusion_target, min_snr_weights
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.tasks.cached_images import CachedImages, MixedImages, mixing_weights, prior_data
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -42,15 +47,6 @@ DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
 _POSTERIOR, _NOISE, _OFFSET, _UNIFORMS = range(4)
 
 
-@dataclass(frozen=True)
-class CachedImages:
-    """Images with what has been computed from them once: latent moments, and embeddings by kind of condition."""
-
-    images: ImageDataset
-    latents: LatentCache
-    embeds: Mapping[str, EmbeddingCache]
-
-
 class DiffusionTask(TrainingTask):
     """Batch of cached latents -> denoising loss. See `DiffusionTaskConfig` for the options."""
 
@@ -60,6 +56,9 @@ class DiffusionTask(TrainingTask):
             raise ValueError(f"task.type={config.task.type!r} given to the diffusion task")
         self.config, self.options = config, config.task
         images, self._validation_images = load_splits(config)
+        self._prior_images: ImageDataset | None = None
+        self._base_hash: str | None = None  # of the base of an adapter
+        self._norms: dict[str, Tensor] = {}  # the base's values of what a norm adapter changes
         self.pipe = self._build_pipeline(images)
         starts = [name for name in (self.options.base, self.options.vae) if name is not None]
         self._earlier_records = [record for name in starts if (record := find_training_record(name)) is not None]
@@ -73,7 +72,7 @@ class DiffusionTask(TrainingTask):
             logger.warning("no training image has %s: that condition is trained on its null alone", kind)
         self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
         self.dropout |= {c.type: c.dropout for c in self.options.conditions}
-        # registered, hence trained and saved: the UNet and every encoder that is trained along
+        # registered, hence trained and saved: what of the UNet and of every encoder requires a gradient
         self.unet = self.pipe.unet
         parts = (part for c in self.conditions if not c.cacheable for part in c.components().values())
         self.trained_encoders = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
@@ -81,15 +80,28 @@ class DiffusionTask(TrainingTask):
             self.unet.enable_gradient_checkpointing()
         self._denoiser = (torch.compile(self.unet) if self.options.compile else self.unet,)  # a tuple: registered once
         self.noising = DDPMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
-        self.data = self._cached(images, config.data, "train")
+        self.images = images
+        self.data: CachedImages | MixedImages = self._cached(images, config.data, "train")
         self._may_flip = images.may_flip() & config.data.horizontal_flip
-        if config.data.balance_columns:
+        if config.data.balance_columns or self._prior_images is not None:
             self.row_weights = images.sampling_weights()
+        if self._prior_images is not None:
+            prior = self._cached(self._prior_images, self._prior_images.config, "prior")
+            self.data = MixedImages([self.data, prior])
+            self.row_weights = mixing_weights([self.row_weights, np.ones(len(prior))], self.options.prior.fraction)
+            self._may_flip = np.concatenate([self._may_flip, np.zeros(len(prior), dtype=bool)])
         self._validation: CachedImages | None = None
 
     def _build_pipeline(self, images: ImageDataset) -> MediSynPipeline:
         options = self.options
         base = load_pipeline(options.base) if options.base is not None else None
+        if options.prior is not None:
+            folder = Path(self.config.output_dir) / "prior"
+            drawn = prior_data(base, options.prior, self.config.data, folder, base_name(options.base))
+            self._prior_images = load_readable(drawn)
+        if options.adapts:
+            self._put_adapter(base, images)
+            return base
         for encoder in (base.text_encoder, base.image_encoder) if base is not None else ():
             if encoder is not None:
                 encoder.requires_grad_(False)  # a configured condition says otherwise
@@ -108,6 +120,30 @@ class DiffusionTask(TrainingTask):
         )
         return pipe
 
+    def _put_adapter(self, base: MediSynPipeline, images: ImageDataset) -> None:
+        """Freeze the base, add the label fields and words that it lacks, and the adapter itself."""
+        options = self.options
+        self._base_hash = model_hash(base)
+        for condition in options.conditions:
+            if isinstance(condition, LabelsConditionConfig) and condition.schema is not None:
+                schema = get_schema(condition.schema)
+                fields = schema.to_dict(rules=False)["fields"]
+                extension.extend_labels(base, fields, TRAINED, schema_name=schema.name)
+            elif isinstance(condition, TextConditionConfig) and condition.new_words:
+                words = condition.new_words
+                if words == "auto":
+                    captions = [caption for caption in images.captions if caption]
+                    words = extension.new_words(captions, base.tokenizer)
+                    logger.info("new words: %s", ", ".join(words) or "none")
+                extension.extend_words(base, words, TRAINED)
+            if condition.type not in base.kinds:
+                raise ValueError(f"the base has no {condition.type} condition, and an adapter cannot add one")
+        prepare_adapter(base, options.method, options.lora)
+        if options.method == "norm":
+            self._norms = {name: value.detach().clone() for name, value in norm_parameters(base.unet).items()}
+        for parameter in extension.extension_parameters(base, TRAINED).values():
+            parameter.requires_grad_(True)
+
     def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
         """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
         folder = Path(self.options.cache_dir or Path(self.config.output_dir) / "cache") / split
@@ -122,12 +158,12 @@ class DiffusionTask(TrainingTask):
         return CachedImages(images, latents, {kind: cache for kind, cache in caches.items() if cache is not None})
 
     def __len__(self) -> int:
-        return len(self.data.images)
+        return len(self.data)
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
         """The row's latent moments, perhaps of its mirror image."""
         flip = bool(self._may_flip[row]) and rng.random() < 0.5
-        return self.data.latents.moments(row, flip=flip) | {"row": row, "flip": flip}
+        return self.data.moments(row, flip) | {"row": row, "flip": flip}
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted denoising loss and the unweighted error."""
@@ -154,17 +190,17 @@ class DiffusionTask(TrainingTask):
             latents = latents + torch.exp(0.5 * batch["logvar"].float()) * noise
         return self.pipe.scale_latents(latents)
 
-    def _embeds(self, data: CachedImages, rows: list[int], flips: list[bool] | bool = False) -> dict[str, Tensor]:
+    def _embeds(
+        self, data: CachedImages | MixedImages, rows: Sequence[int], flips: Sequence[bool] | bool = False
+    ) -> dict[str, Tensor]:
         """Embeddings of the conditions of these rows by kind, from the cache where there is one."""
         embeds = {}
         for condition in self.conditions:
-            if (cache := data.embeds.get(condition.kind)) is not None:
-                embeds[condition.kind] = cache.embeddings(rows, cache.key["flips"] & np.asarray(flips)).to(
-                    self.pipe.device
-                )
+            cached = data.embeddings(condition.kind, rows, flips)
+            if cached is None:
+                embeds[condition.kind] = condition.encode(self.pipe, data.examples(rows))
             else:
-                examples = [{"caption": data.images.captions[row], "labels": data.images.labels[row]} for row in rows]
-                embeds[condition.kind] = condition.encode(self.pipe, examples)
+                embeds[condition.kind] = cached.to(self.pipe.device)
         return embeds
 
     def _unet_conditions(
@@ -199,8 +235,8 @@ class DiffusionTask(TrainingTask):
         metrics = {}
         for level in VALIDATION_NOISE_LEVELS:
             errors = []
-            for rows in torch.arange(len(data.images)).split(64):
-                batch = self.collate([data.latents.moments(row) for row in rows.tolist()])
+            for rows in torch.arange(len(data)).split(64):
+                batch = self.collate([data.moments(row) for row in rows.tolist()])
                 batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
                 latents = self._latents(batch)
                 noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
@@ -227,7 +263,37 @@ class DiffusionTask(TrainingTask):
         return image_grid(images * 2 - 1, columns=8)
 
     def export(self, folder: Path) -> None:
-        """Write `pipeline/`: the published form of the model, with the record of all that its parts have seen."""
-        self.pipe.save_pretrained(folder / "pipeline")
-        own = image_record(self.data.images)
-        write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))
+        """Write `pipeline/`, the published form of the model, or `adapter/`; with the record of all that was seen."""
+        own = image_record(self.images)
+        if self._prior_images is not None and self.options.prior.source is not None:
+            own = merge_training_records(own, image_record(self._prior_images))
+        if not self.options.adapts:
+            self.pipe.save_pretrained(folder / "pipeline")
+            write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))
+            return
+        lora = self.options.lora
+        added = extension.added(self.pipe, TRAINED)
+        manifest = make_manifest(
+            Path(self.config.output_dir).resolve().name,
+            self.options.method,
+            base_name(self.options.base),
+            self._base_hash,
+            self.pipe.kinds,
+            rank=lora and lora.rank,
+            alpha=lora and (lora.alpha or lora.rank),
+            target_modules=lora and lora.target_modules,
+            captions=self.images.captions,
+            training_data=own["datasets"],
+            **added,
+        )
+        save_adapter(self.pipe, folder / "adapter", manifest, self._norms)
+        write_training_record(folder / "adapter", own)
+
+
+def base_name(name_or_dir: str) -> str:
+    """How a base is named to others: "default", a Hub name, or a folder without the path to it."""
+    folder = Path(name_or_dir).expanduser()
+    if not folder.exists():
+        return name_or_dir
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "pipeline" else folder.name

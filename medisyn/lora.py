@@ -1,0 +1,350 @@
+"""Adapters of a trained pipeline: LoRA, or scale and shift of its norms alone; train, save, load, mix, remove.
+
+- LoRA is peft's, saved in diffusers' format together with its metadata, so that `load_lora_weights` of any stock
+  pipeline reads it and alpha is not lost. Norm-only adaptation is the batch-statistics adaptation of Noguchi & Harada
+  (ICCV 2019, eq. 2: one scale and one shift for each channel, all else frozen) at the norms of a diffusion UNet.
+- An adapter may bring label fields and words that its base never knew (`medisyn.extension`).
+- It belongs to one base, by hash: on another one it is refused. Several mix by weight; `unload_adapters` gives the
+  base back bit for bit, `fuse_adapters` makes the mixture the new base.
+
+    pipe = medisyn.load_pipeline(adapter="adapters/knee-osteoarthritis")
+    set_adapters(pipe, ["knee-osteoarthritis"], [0.7])
+"""
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import extension
+from .adapter_folder import LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash, write_manifest
+from .backbone import model_hash
+from .config import LoraConfig
+from .generation.provenance import ADAPTERS, low_rank_hash
+from .loading import find_adapter, load_pipeline, load_plain_lora
+from .pipelines.medisyn_pipeline import MediSynPipeline
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "default"  # name of the adapter that is being trained
+_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass
+class LoadedAdapter:
+    """One adapter of a pipeline.
+
+    Attributes:
+        method: "lora", "norm", or "plain" for a LoRA without `adapter.json`.
+        weight: Its share of the mixture.
+        hash: Identity of its weights.
+        manifest: `adapter.json`, where there is one.
+        differences: Of a norm adapter: parameter name -> what is added to the base's value at weight 1.
+    """
+
+    method: str
+    weight: float
+    hash: str
+    manifest: Mapping[str, Any] | None = None
+    differences: Mapping[str, Tensor] | None = None
+
+
+@dataclass
+class _State:
+    """What a pipeline remembers while adapters are on it."""
+
+    base_hash: str
+    adapters: dict[str, LoadedAdapter]
+    originals: dict[str, Tensor]  # the base's values of normalisation parameters that adapters change
+
+
+# ---- training ----
+
+
+def prepare_adapter(pipe: MediSynPipeline, method: str, options: LoraConfig | None = None) -> None:
+    """Freeze a pipeline and put a trainable adapter into it: what then requires a gradient is the adapter.
+
+    Args:
+        pipe: The base; its UNet (and text encoder) are changed in place.
+        method: "lora" or "norm".
+        options: Of the LoRA.
+
+    Raises:
+        ValueError: An unknown method, or `target_modules` that match nothing in the model.
+    """
+    for module in (pipe.unet, pipe.text_encoder, pipe.image_encoder):
+        if module is not None:
+            module.requires_grad_(False)
+    if method == "norm":
+        for parameter in norm_parameters(pipe.unet).values():
+            parameter.requires_grad_(True)
+        return
+    if method != "lora":
+        raise ValueError(f"method {method!r} is not one of: lora, norm")
+    options = options or LoraConfig()
+    _inject(pipe.unet, options.target_modules, options, "target_modules")
+    if options.text_encoder:
+        if pipe.text_encoder is None:
+            raise ValueError("lora.text_encoder: this model has no text encoder")
+        _inject(pipe.text_encoder, options.text_encoder_target_modules, options, "text_encoder_target_modules")
+
+
+def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Scale and shift of all normalisation layers, by name."""
+    return {
+        f"{name}.{part}": parameter
+        for name, layer in module.named_modules()
+        if isinstance(layer, _NORMS)
+        for part, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def _inject(module: nn.Module, targets: str | Sequence[str], options: LoraConfig, option: str) -> None:
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    names = [name for name in layers if not name.startswith("class_embedding")]  # the label fields' own, see extension
+    patterns = [targets] if isinstance(targets, str) else targets
+    for pattern in patterns:
+        if isinstance(targets, str):
+            matches = any(re.fullmatch(pattern, name) for name in names)
+        else:
+            matches = any(name == pattern or name.endswith(f".{pattern}") for name in names)
+        if not matches:
+            endings = sorted({re.sub(r"^.*?([^.]+(\.\d+)?)$", r"\1", name) for name in names})
+            raise ValueError(
+                f"lora.{option}: {pattern!r} matches no layer of the {type(module).__name__}; "
+                f"layers end in: {', '.join(endings)}"
+            )
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        lora_dropout=options.dropout,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
+        exclude_modules=r"class_embedding.*",
+    )
+    module.add_adapter(config, adapter_name=TRAINED)
+
+
+def save_adapter(
+    pipe: MediSynPipeline,
+    folder: str | Path,
+    manifest: Mapping[str, Any],
+    originals: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter that `prepare_adapter` put into a pipeline, with `adapter.json`.
+
+    Args:
+        pipe: The adapted pipeline.
+        folder: Is created; weight files in it are replaced.
+        manifest: See `medisyn.adapter_folder.make_manifest`.
+        originals: Of a norm adapter: the base's values of `norm_parameters`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if manifest["method"] == "norm":
+        now = norm_parameters(pipe.unet)
+        differences = {
+            name: now[name].detach().float().cpu() - value.float().cpu() for name, value in originals.items()
+        }
+        save_file(differences, folder / NORM_WEIGHTS, metadata={"format": "pt"})
+    else:
+        arguments: dict[str, Any] = {}
+        for part in ("unet", "text_encoder"):
+            module = getattr(pipe, part)
+            config = getattr(module, "peft_config", {}).get(TRAINED)
+            if config is not None:
+                # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture of both
+                arguments[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module, adapter_name=TRAINED)
+                arguments[f"{part}_lora_adapter_metadata"] = config.to_dict()  # without it alpha would become the rank
+        pipe.save_lora_weights(folder, **arguments)
+    extension.save_extension(pipe, folder, TRAINED)
+    write_manifest(folder, manifest)
+
+
+# ---- use ----
+
+
+def loaded_adapters(pipe: MediSynPipeline) -> dict[str, LoadedAdapter]:
+    """The adapters of a pipeline by name."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    return {} if state is None else state.adapters
+
+
+def base_hash(pipe: MediSynPipeline) -> str:
+    """`model_hash` of what lies under a pipeline's adapters."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    return model_hash(pipe) if state is None else state.base_hash
+
+
+def load_adapter(
+    pipe: MediSynPipeline,
+    name_or_dir: str | Path,
+    weight: float = 1.0,
+    adapter_name: str | None = None,
+    force: bool = False,
+) -> str:
+    """Put an adapter onto a pipeline, beside those that it has.
+
+    Args:
+        pipe: Its base.
+        name_or_dir: An adapter's folder, a LoRA's .safetensors file, or a Hub name.
+        weight: Its share, 1 as it was trained; any finite number.
+        adapter_name: To call it by; by default that of its `adapter.json`, else of its folder.
+        force: Load it onto another base than its own.
+
+    Returns:
+        The adapter's name.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+        ValueError: It belongs to another base, is damaged, or its name is taken.
+    """
+    folder = find_adapter(name_or_dir)
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    default_name = manifest["name"] if manifest else (folder if folder.is_dir() else folder.with_suffix("")).name
+    name = re.sub(r"[^\w-]+", "_", adapter_name or default_name)  # peft makes it part of module names: no dots
+    if name in loaded_adapters(pipe):
+        raise ValueError(f"an adapter named {name!r} is loaded already; unload it or choose another adapter_name")
+    under = base_hash(pipe)
+    if manifest is not None and not force:
+        _require_base(pipe, under, manifest, str(name_or_dir))
+    state: _State = getattr(pipe, ADAPTERS, None) or _State(under, {}, {})
+    try:
+        if manifest is None:
+            load_plain_lora(pipe, folder, name)
+            adapter = LoadedAdapter("plain", weight, low_rank_hash(pipe))
+        else:
+            adapter = LoadedAdapter(manifest["method"], weight, weights_hash(folder), manifest)
+            extension.load_extension(pipe, folder, manifest, name)
+            if manifest["method"] == "norm":
+                adapter.differences = _read_differences(pipe, folder)
+            elif (folder / LORA_WEIGHTS).is_file():
+                pipe.load_lora_weights(str(folder / LORA_WEIGHTS), adapter_name=name, use_safetensors=True)
+            else:
+                raise FileNotFoundError(f"{folder} has no {LORA_WEIGHTS}")
+    except (RuntimeError, SafetensorError) as error:
+        extension.remove_extension(pipe, name)
+        raise ValueError(
+            f"adapter {str(name_or_dir)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    except BaseException:
+        extension.remove_extension(pipe, name)
+        raise
+    state.adapters[name] = adapter
+    setattr(pipe, ADAPTERS, state)
+    set_adapters(pipe, list(state.adapters), [each.weight for each in state.adapters.values()])
+    return name
+
+
+def set_adapters(
+    pipe: MediSynPipeline, names: str | Sequence[str], weights: float | Sequence[float] | None = None
+) -> None:
+    """Use these adapters with these weights (1 each by default), and no others.
+
+    Raises:
+        ValueError: A name that is not loaded, or another number of weights than of names.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    weights = (
+        [1.0 if weights is None else weights] * len(names)
+        if isinstance(weights, (int, float, type(None)))
+        else weights
+    )
+    adapters = loaded_adapters(pipe)
+    unknown = [name for name in names if name not in adapters]
+    if unknown:
+        raise ValueError(f"adapter {unknown[0]!r} is not loaded; loaded are: {', '.join(adapters) or 'none'}")
+    if len(weights) != len(names):
+        raise ValueError(f"{len(weights)} weights for {len(names)} adapters")
+    chosen = dict(zip(names, map(float, weights), strict=True))
+    for name, adapter in adapters.items():
+        adapter.weight = chosen.get(name, 0.0)
+        extension.scale_extension(pipe, name, adapter.weight)
+    low_rank = [name for name in chosen if adapters[name].method != "norm"]
+    if low_rank:
+        pipe.enable_lora()
+        pipe.set_adapters(low_rank, [chosen[name] for name in low_rank])
+    elif any(adapter.method != "norm" for adapter in adapters.values()):
+        pipe.disable_lora()
+    _mix_norms(pipe)
+
+
+def unload_adapters(pipe: MediSynPipeline) -> None:
+    """Take all adapters off: the base is left as it was, bit for bit."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    if state is None:
+        return
+    if any(adapter.method != "norm" for adapter in state.adapters.values()):
+        pipe.unload_lora_weights()
+    parameters = dict(pipe.unet.named_parameters())
+    for name, value in state.originals.items():
+        parameters[name].data.copy_(value)
+    extension.remove_extension(pipe)
+    delattr(pipe, ADAPTERS)
+
+
+def fuse_adapters(pipe: MediSynPipeline) -> None:
+    """Make the adapters part of the weights, with the weights they have now. The result is a model of its own."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    if state is None:
+        return
+    active = [name for name, adapter in state.adapters.items() if adapter.method != "norm" and adapter.weight]
+    if any(adapter.method != "norm" for adapter in state.adapters.values()):
+        if active:
+            components = [
+                part for part in ("unet", "text_encoder") if getattr(getattr(pipe, part), "peft_config", None)
+            ]
+            pipe.fuse_lora(components=components, adapter_names=active)
+        pipe.unload_lora_weights()
+    extension.fuse_extensions(pipe)
+    delattr(pipe, ADAPTERS)
+
+
+def _require_base(pipe: MediSynPipeline, under: str, manifest: Mapping[str, Any], name: str) -> None:
+    expected = manifest["base_hash"]
+    if under == expected:
+        return
+    source = pipe.config.get("_name_or_path")
+    if pipe.unet.dtype != torch.float32 and source and Path(source).is_dir():
+        under = model_hash(load_pipeline(source))  # the hash is that of float32 weights
+        if under == expected:
+            return
+    raise ValueError(
+        f"adapter {name!r} was trained on {manifest['base_model']} with the hash {expected}; this model has the hash "
+        f"{under}. On another base its effect is undefined"
+    )
+
+
+def _read_differences(pipe: MediSynPipeline, folder: Path) -> dict[str, Tensor]:
+    if not (folder / NORM_WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {NORM_WEIGHTS}")
+    differences, parameters = load_file(folder / NORM_WEIGHTS), norm_parameters(pipe.unet)
+    for name, value in differences.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(f"{folder / NORM_WEIGHTS} has {name} {tuple(value.shape)}, which this UNet has not")
+    return differences
+
+
+@torch.no_grad()
+def _mix_norms(pipe: MediSynPipeline) -> None:
+    """Base value + sum of weight x difference, for every normalisation parameter that an adapter changes."""
+    state: _State = getattr(pipe, ADAPTERS)
+    parameters = norm_parameters(pipe.unet)
+    for adapter in state.adapters.values():
+        for name in adapter.differences or ():
+            state.originals.setdefault(name, parameters[name].detach().clone())
+    for name, original in state.originals.items():
+        total = original.float()
+        for adapter in state.adapters.values():
+            if adapter.differences and name in adapter.differences and adapter.weight:
+                total = total + adapter.weight * adapter.differences[name].to(total)
+        parameters[name].data.copy_(total)
