@@ -17,7 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import medisyn
-from medisyn.cli import app, model_name, parse_guidance
+from medisyn.cli import app
+from medisyn.commands.arguments import model_name, parse_guidance
 from medisyn.doctor import format_findings
 from medisyn.generation.provenance import read_provenance
 from medisyn.info import describe, format_description
