@@ -19,9 +19,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import tasks
-    from .backbone import create_pipeline, load_pipeline
+    from .backbone import create_pipeline
     from .conditions.labels import LabelSchema, get_schema, list_schemas
     from .config import TrainConfig, load_config
+    from .loading import load_pipeline
     from .pipelines.medisyn_pipeline import MediSynPipeline
     from .trainer import Trainer
 
@@ -34,7 +35,7 @@ _MODULE_OF = {
     "get_schema": ".conditions.labels",
     "list_schemas": ".conditions.labels",
     "load_config": ".config",
-    "load_pipeline": ".backbone",
+    "load_pipeline": ".loading",
 }
 
 __all__ = [

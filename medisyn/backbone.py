@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources  # noqa: F401 - tests/test_backbone.py reaches for it here
 from pathlib import Path
 from typing import Any
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import evaluate, generate
+from .commands import demo, evaluate, generate, publish
 from .commands.arguments import check_names, load_model, model_name
 from .console import OneLineErrors, quiet_progress_bars
 
@@ -78,6 +78,8 @@ def train(
 
 
 evaluate.register(app)
+publish.register(app)
+demo.register(app)
 
 
 @app.command()

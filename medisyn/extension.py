@@ -21,7 +21,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -62,8 +62,8 @@ def _words(pipe: MediSynPipeline) -> ExtendedEmbedding | None:
 
 def _blocks(pipe: MediSynPipeline, name: str) -> tuple[ExtensionBlock | None, ExtensionBlock | None]:
     """The label block and the word block of an extension, None for what it does not have."""
-    labels, words = (wrapper.extensions if wrapper else {} for wrapper in (_labels(pipe), _words(pipe)))
-    return (labels[name] if name in labels else None), (words[name] if name in words else None)
+    labels, words = (wrapper.blocks() if wrapper else {} for wrapper in (_labels(pipe), _words(pipe)))
+    return labels.get(name), words.get(name)
 
 
 def _check_name(pipe: MediSynPipeline, name: str, part: int) -> None:
@@ -167,7 +167,7 @@ def _update_labels(pipe: MediSynPipeline) -> None:
     """Bring schema, configurations and columns into line with the extensions that are there."""
     wrapper = _labels(pipe)
     before = wrapper.settings["pipe"]
-    blocks = list(wrapper.extensions.values())
+    blocks = list(wrapper.blocks().values())
     if not blocks:
         wrapper.restore_trainable(wrapper.original)
         pipe.unet.class_embedding = wrapper.original
@@ -241,14 +241,14 @@ def _attach_words(pipe: MediSynPipeline, vectors: Mapping[str, Tensor], name: st
         wrong = next(word for word, vector in vectors.items() if tuple(vector.shape) not in expected)
         raise ValueError(f"the vector of {wrong!r} is {tuple(vectors[wrong].shape)}, not ({base.embedding_dim},)")
     block = ExtensionBlock(torch.stack(list(vectors.values())).to(base.weight), tuple(vectors))
-    blocks = [*wrapper.extensions.values(), block]
+    blocks = [*wrapper.blocks().values(), block]
     tokenizer = extended_tokenizer(wrapper.tokenizer, distinct_words(blocks), wrapper.first_id)
     wrapper.extensions[name] = block
     wrapper.freeze()
     pipe.text_encoder.set_input_embeddings(wrapper)
     pipe.register_modules(tokenizer=tokenizer)
     wrapper.update_rows()
-    for other, held in wrapper.extensions.items():
+    for other, held in wrapper.blocks().items():
         shared = set(held.content) & set(block.content) if held is not block else ()
         if shared:
             logger.warning("extensions %r and %r both have: %s", other, name, ", ".join(sorted(shared)))
@@ -269,7 +269,9 @@ def extension_parameters(pipe: MediSynPipeline, name: str = "default") -> dict[s
     Empty for a name without label fields and words of its own.
     """
     blocks = zip(("label_embedding", "learned_embeds"), _blocks(pipe, name), strict=True)
-    return {part: block.weight.requires_grad_(True) for part, block in blocks if block is not None}
+    return {
+        part: cast(nn.Parameter, block.weight.requires_grad_(True)) for part, block in blocks if block is not None
+    }
 
 
 def save_extension(pipe: MediSynPipeline, folder: str | Path, name: str = "default") -> None:
@@ -357,7 +359,7 @@ def remove_extension(pipe: MediSynPipeline, name: str | None = None) -> None:
     if words is None:
         return
     if words.extensions:
-        distinct = distinct_words(words.extensions.values())
+        distinct = distinct_words(words.blocks().values())
         pipe.register_modules(tokenizer=extended_tokenizer(words.tokenizer, distinct, words.first_id))
         words.update_rows()
     else:
@@ -379,14 +381,14 @@ def fuse_extensions(pipe: MediSynPipeline) -> None:
             raise ValueError(f"a {type(wrapper.original).__name__} lies on an extended layer: fuse or unload it first")
     if labels is not None:
         base = labels.original
-        like = next(iter(labels.extensions.values())).weight if base is None else base.weight
+        like = next(iter(labels.blocks().values())).weight if base is None else base.weight
         width = pipe.unet.config.projection_class_embeddings_input_dim
         has_bias = base is None or base.bias is not None  # a stock UNet's projection has one
         linear = nn.Linear(width, like.shape[0], bias=has_bias, device=like.device, dtype=like.dtype)
         weight = torch.zeros(linear.weight.shape, device=like.device)
         if base is not None:
             weight[:, : base.in_features] = base.weight
-        for block in labels.extensions.values():
+        for block in labels.blocks().values():
             weight[:, block.columns] += block.scale * block.weight.float()
         linear.weight.copy_(weight)
         if has_bias:

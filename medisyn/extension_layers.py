@@ -11,7 +11,7 @@ See `medisyn.extension`, which puts them in and takes them out:
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ class ExtensionBlock(nn.Module):
         content: The label schema `{"name", "fields"}`, or the words.
     """
 
-    columns: Tensor | None
+    columns: Tensor
 
     def __init__(self, weight: Tensor, content: Mapping[str, Any] | tuple[str, ...]) -> None:
         """Hold the weights, frozen until `extension_parameters` asks for them."""
         super().__init__()
         self.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        self.content = content
+        self.content: Any = content  # which of the two, the place of the block says
         self.scale = 1.0
         self.register_buffer("columns", None, persistent=False)  # of labels: where the slots are in the label vector
 
@@ -45,6 +45,10 @@ class ExtendedLayer(nn.Module):
         self.original = original  # first, because encoders take their dtype from the first parameter
         self.extensions = nn.ModuleDict()
         self.trainable = [p.requires_grad for p in original.parameters()] if original is not None else []
+
+    def blocks(self) -> dict[str, ExtensionBlock]:
+        """The blocks by the names of their extensions."""
+        return cast(dict[str, ExtensionBlock], dict(self.extensions.items()))
 
     def freeze(self) -> None:
         """Keep the base layer from learning."""
@@ -65,6 +69,8 @@ class ExtendedLinear(ExtendedLayer):
         settings: What the configurations of pipeline and UNet held before the first extension.
     """
 
+    original: nn.Linear | None
+
     def __init__(self, original: nn.Linear | None, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Start without extensions."""
         super().__init__(original)
@@ -76,7 +82,7 @@ class ExtendedLinear(ExtendedLayer):
         if self.original is not None:
             # contiguous: the base then multiplies the very matrices that it did without extensions
             total = self.original(labels[..., : self.original.in_features].contiguous())
-        for block in self.extensions.values():
+        for block in self.blocks().values():
             part = nn.functional.linear(labels[..., block.columns].to(block.weight.dtype), block.weight)
             part = (block.scale * part).to(labels.dtype if total is None else total.dtype)
             total = part if total is None else total + part
@@ -91,6 +97,7 @@ class ExtendedEmbedding(ExtendedLayer):
         tokenizer: As it was before the first extension.
     """
 
+    original: nn.Embedding
     rows: Tensor
 
     def __init__(self, original: nn.Embedding, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,7 +110,7 @@ class ExtendedEmbedding(ExtendedLayer):
 
     def table(self) -> Tensor:
         """The vectors of all blocks (n, dim); `rows` says which one a new id has."""
-        return torch.cat([block.weight for block in self.extensions.values()])
+        return torch.cat([block.weight for block in self.blocks().values()])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, T) to vectors (B, T, dim)."""
@@ -116,12 +123,12 @@ class ExtendedEmbedding(ExtendedLayer):
         """Choose each new word's row: where several blocks have it that of the greatest scale, or the first."""
         chosen: dict[str, tuple[float, int]] = {}
         row = 0
-        for block in self.extensions.values():
+        for block in self.blocks().values():
             for word in block.content:
                 if word not in chosen or block.scale > chosen[word][0]:
                     chosen[word] = (block.scale, row)
                 row += 1
-        rows = [chosen[word][1] for word in distinct_words(self.extensions.values())]
+        rows = [chosen[word][1] for word in distinct_words(self.blocks().values())]
         self.rows = torch.tensor(rows, dtype=torch.long, device=self.original.weight.device)
 
 

@@ -43,6 +43,8 @@ Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
 # ---- models ---------------------------------------------------------------------------------------------------------
 
+DEFAULT = "default"  # names the embedded model where a name is needed
+
 
 def load_pipeline(
     name_or_dir: str | Path | None = None,
@@ -53,7 +55,7 @@ def load_pipeline(
 
     Args:
         name_or_dir: a folder with `model_index.json`, a run folder with `pipeline/`, or a Hub name "owner/model" of a
-            MediSyn or Stable-Diffusion-family model. None: the embedded default.
+            MediSyn or Stable-Diffusion-family model. None or "default": the embedded default.
         adapter: what to load on top (`medisyn.lora`): a folder, a .safetensors file or a Hub name; several of them; or
             a mapping of such names to weights.
         dtype: of all components, also as a name ("bfloat16"); float32 by default.
@@ -66,7 +68,7 @@ def load_pipeline(
     precision: torch.dtype | None = (
         getattr(torch, choose("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
     )
-    if name_or_dir is None:
+    if name_or_dir is None or str(name_or_dir) == DEFAULT:
         folder = _model_folder(Path(str(resources.files("medisyn"))) / "pretrained")
         if folder is None:
             raise FileNotFoundError(

@@ -108,8 +108,8 @@ def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _inject(module: nn.Module, targets: str | Sequence[str], options: LoraConfig, option: str) -> None:
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    names = [name for name in layers if not name.startswith("class_embedding")]  # the label fields' own, see extension
+    names = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    extended = any(name.startswith("class_embedding.") for name in names)  # its name would not be that of a stock UNet
     patterns = [targets] if isinstance(targets, str) else targets
     for pattern in patterns:
         if isinstance(targets, str):
@@ -129,7 +129,7 @@ def _inject(module: nn.Module, targets: str | Sequence[str], options: LoraConfig
         lora_dropout=options.dropout,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        exclude_modules=r"class_embedding.*",
+        exclude_modules=r"class_embedding\..*" if extended else None,
     )
     module.add_adapter(config, adapter_name=TRAINED)
 
@@ -162,7 +162,8 @@ def save_adapter(
             module = getattr(pipe, part)
             config = getattr(module, "peft_config", {}).get(TRAINED)
             if config is not None:
-                # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture of both
+                config.base_model_name_or_path = None  # the path of this machine; the manifest names the base
+                # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture
                 arguments[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module, adapter_name=TRAINED)
                 arguments[f"{part}_lora_adapter_metadata"] = config.to_dict()  # without it alpha would become the rank
         pipe.save_lora_weights(folder, **arguments)
@@ -210,7 +211,8 @@ def load_adapter(
     """
     folder = find_adapter(name_or_dir)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    default_name = manifest["name"] if manifest else (folder if folder.is_dir() else folder.with_suffix("")).name
+    given = Path(name_or_dir)  # the folder of a download is named by its hash
+    default_name = manifest["name"] if manifest else (given if given.is_dir() else given.with_suffix("")).name
     name = re.sub(r"[^\w-]+", "_", adapter_name or default_name)  # peft makes it part of module names: no dots
     if name in loaded_adapters(pipe):
         raise ValueError(f"an adapter named {name!r} is loaded already; unload it or choose another adapter_name")

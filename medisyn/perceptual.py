@@ -32,6 +32,10 @@ class ShiftTolerantLPIPS(nn.Module):
         ValueError: the file holds other weights.
     """
 
+    shift: Tensor
+    scale: Tensor
+    blur: Tensor
+
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         if not Path(weights).is_file():

@@ -101,7 +101,7 @@ class Trainer:
         with self.accelerator.main_process_first():
             task = task or create_task(config)
         optimizer = torch.optim.AdamW(
-            task.parameter_groups(config.optim), lr=config.optim.learning_rate, betas=config.optim.betas
+            task.parameter_groups(config.optim), lr=config.optim.learning_rate, betas=config.optim.betas, fused=True
         )
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, loop.steps, config.optim))
         self.task = task
@@ -112,7 +112,9 @@ class Trainer:
         self.accelerator.register_for_checkpointing(schedule)
         self.ema = None
         if loop.ema_decay:
-            self.ema = EMAModel(task.averaged_parameters(), decay=loop.ema_decay, use_ema_warmup=True, power=0.75)
+            self.ema = EMAModel(
+                task.averaged_parameters(), decay=loop.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
+            )
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
 

@@ -10,7 +10,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 
-from medisyn import backbone
+from medisyn import backbone, loading
 from medisyn.backbone import (
     PRESETS,
     adapt_unet,
@@ -230,7 +230,7 @@ class TestLoading:
         assert isinstance(load_autoencoder(tmp_path / "run" / "pipeline" / "vae"), AutoencoderDC)
 
     def test_the_embedded_default(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(backbone.resources, "files", lambda package: tmp_path)
+        monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
         with pytest.raises(FileNotFoundError, match="no embedded model"):
             load_pipeline()
         pipe = tiny_pipeline()

@@ -89,25 +89,17 @@ def test_two_processes_give_the_losses_of_one(folder):
     config = diffusion_config(folder, "one_process", train={"steps": 3})
     Trainer(config).fit()
     save_config(diffusion_config(folder, "two_processes", train={"steps": 3}), folder / "two.yaml")
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # on a CPU `accelerate launch` starts one process only
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     process = subprocess.run(
         [*launcher, "-m", "medisyn", "train", str(folder / "two.yaml")],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert process.returncode == 0, process.stderr[-2000:]
+    assert (latest_checkpoint(folder / "two_processes") / "random_states_1.pkl").is_file(), "one process only"
     assert np.allclose(losses(folder / "one_process"), losses(folder / "two_processes"), rtol=1e-4)
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from transformers import PreTrainedModel
 
     from medisyn.data.loading import ImageDataset
 
@@ -286,7 +287,7 @@ def _image_encoder(pipe: "DiffusionPipeline | None"):
 class _GlobalToken(nn.Module):
     """The first token of a transformers vision encoder's last layer."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: "PreTrainedModel"):
         super().__init__()
         self.encoder = encoder
 

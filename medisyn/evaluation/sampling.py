@@ -140,7 +140,7 @@ def check_replaceable(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise NotADirectoryError(f"{folder} is not a folder of generated images; choose another folder")
-    images = set()
+    images: set[str] = set()
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == METADATA, file.name)):
         if not _is_own(file, images):
             raise FileExistsError(

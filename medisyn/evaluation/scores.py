@@ -11,6 +11,7 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 1000
 
@@ -52,7 +53,7 @@ def score_predictions(
         "balanced_accuracy_interval": _interval(balanced),
     }
     counts = np.zeros((len(classes), len(classes)), dtype=int)
-    np.add.at(counts, (label_index, [classes.index(label) for label in predicted]), 1)
+    np.add.at(counts, (label_index, np.array([classes.index(label) for label in predicted], dtype=int)), 1)
     scores["per_class"] = {
         label: {"images": int(row.sum()), "recall": float(row[index] / row.sum())}
         for index, (label, row) in enumerate(zip(classes, counts, strict=True))
@@ -94,15 +95,15 @@ def score_grades(
     if len(set(labels)) < 2:
         return {"omitted": f"fewer than two grades among {len(labels)} images"}
     position = {grade: index for index, grade in enumerate(grades)}
-    ranks = [np.array([position[grade] for grade in each]) for each in (labels, predicted)]
+    wanted, found = (np.array([position[grade] for grade in each]) for each in (labels, predicted))
     draws = []
     for weight in _draws(len(labels), groups, resamples, seed):
-        if np.ptp(ranks[0][weight > 0]):  # a small draw may hold one grade only
-            draws.append(_quadratic_kappa(*ranks, weight))
+        if np.ptp(wanted[weight > 0]):  # a small draw may hold one grade only
+            draws.append(_quadratic_kappa(wanted, found, weight))
     return {
         "images": len(labels),
         "grades": list(grades),
-        "quadratic_weighted_kappa": _quadratic_kappa(*ranks, np.ones(len(labels))),
+        "quadratic_weighted_kappa": _quadratic_kappa(wanted, found, np.ones(len(labels))),
         "quadratic_weighted_kappa_interval": _interval(draws),
     }
 
@@ -117,7 +118,7 @@ def _quadratic_kappa(labels: np.ndarray, predicted: np.ndarray, weight: np.ndarr
     return float(1 - observed / (sum(spread) + (means[0] - means[1]) ** 2))
 
 
-def _interval(draws: Sequence[float]) -> list[float]:
+def _interval(draws: ArrayLike) -> list[float]:
     return [float(bound) for bound in np.percentile(draws, (2.5, 97.5))]
 
 

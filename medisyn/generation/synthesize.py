@@ -208,6 +208,8 @@ def _generate(
         "init_image": [None if request.init_image is None else read_image(request.init_image) for request in requests],
     }
     inputs = {name: values for name, values in inputs.items() if values[0] is not None}
+    if not inputs:  # an unconditional model
+        inputs["num_images_per_prompt"] = len(requests)
     before = bar.n
 
     def after_step(_: MediSynPipeline, step: int, timestep: Any, tensors: Mapping[str, torch.Tensor]) -> dict:

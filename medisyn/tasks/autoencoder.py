@@ -141,7 +141,7 @@ class AutoencoderTask(TrainingTask):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write `vae/` (stock component); where the encoder was trained, fit the latent scale first and write it too."""
+        """Write `vae/` (stock component); where the encoder was trained, its latent scale is fitted first."""
         if self.options.train_encoder:
             images = self._stack(self.images, self._spread(self.images, self.options.scale_images))
             report = fit_latent_scale(self.vae, torch.cat([self._encode(part) for part in images.split(32)]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from medisyn.config import DataConfig, PriorConfig
@@ -43,7 +44,7 @@ class CachedImages:
         """As `LatentCache.moments`."""
         return self.latents.moments(row, flip=flip)
 
-    def embeddings(self, kind: str, rows: Sequence[int], flips: Sequence[bool] | bool = False) -> Tensor | None:
+    def embeddings(self, kind: str, rows: Sequence[int], flips: ArrayLike = False) -> Tensor | None:
         """Embeddings of these rows, (B, T, width); None where this kind is not cached."""
         cache = self.embeds.get(kind)
         return None if cache is None else cache.embeddings(rows, cache.key["flips"] & np.asarray(flips))
@@ -67,7 +68,7 @@ class MixedImages:
         part, row = self._locate(row)
         return self.parts[part].moments(row, flip)
 
-    def embeddings(self, kind: str, rows: Sequence[int], flips: Sequence[bool] | bool = False) -> Tensor | None:
+    def embeddings(self, kind: str, rows: Sequence[int], flips: ArrayLike = False) -> Tensor | None:
         """As `CachedImages.embeddings`."""
         flags = np.broadcast_to(flips, len(rows))
         found = []
@@ -113,7 +114,7 @@ def prior_data(pipe: MediSynPipeline, prior: PriorConfig, data: DataConfig, fold
         folder: For the drawn images; what is there already is not drawn again.
         base: The base's name, for the record in the images.
     """
-    shape = {"resolution": data.resolution, "crop": data.crop}
+    shape: dict[str, Any] = {"resolution": data.resolution, "crop": data.crop}
     if prior.source is not None:
         return DataConfig(source=prior.source, caption_column=prior.caption_column, **shape)
     from medisyn.generation.synthesize import Request, make_requests, synthesize
@@ -121,5 +122,6 @@ def prior_data(pipe: MediSynPipeline, prior: PriorConfig, data: DataConfig, fold
     texts = prior.prompts or all_captions()
     templates = [Request(prompt=text) for text in texts] if "text" in pipe.kinds else [Request()]
     requests = make_requests(templates, -(-prior.num_images // len(templates)), PRIOR_SEED)[: prior.num_images]
+    pipe.set_progress_bar_config(disable=True)
     synthesize(pipe, requests, folder, batch_size=16, model=base, progress=True)
     return DataConfig(source=str(folder), caption_column="caption" if "text" in pipe.kinds else None, **shape)

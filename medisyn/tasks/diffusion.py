@@ -60,7 +60,8 @@ class DiffusionTask(TrainingTask):
         self._base_hash: str | None = None  # of the base of an adapter
         self._norms: dict[str, Tensor] = {}  # the base's values of what a norm adapter changes
         self.pipe = self._build_pipeline(images)
-        starts = [name for name in (self.options.base, self.options.vae) if name is not None]
+        source = self.pipe.config.get("_name_or_path") if self.options.base is not None else None
+        starts = [name for name in (source or self.options.base, self.options.vae) if name is not None]
         self._earlier_records = [record for name in starts if (record := find_training_record(name)) is not None]
         self.pipe.unet.register_to_config(sample_size=config.data.resolution // self.pipe.vae_scale_factor)
         self.pipe.set_progress_bar_config(disable=True)
@@ -130,7 +131,7 @@ class DiffusionTask(TrainingTask):
                 fields = schema.to_dict(rules=False)["fields"]
                 extension.extend_labels(base, fields, TRAINED, schema_name=schema.name)
             elif isinstance(condition, TextConditionConfig) and condition.new_words:
-                words = condition.new_words
+                words: Sequence[str] = condition.new_words
                 if words == "auto":
                     captions = [caption for caption in images.captions if caption]
                     words = extension.new_words(captions, base.tokenizer)
@@ -279,9 +280,9 @@ class DiffusionTask(TrainingTask):
             base_name(self.options.base),
             self._base_hash,
             self.pipe.kinds,
-            rank=lora and lora.rank,
-            alpha=lora and (lora.alpha or lora.rank),
-            target_modules=lora and lora.target_modules,
+            rank=None if lora is None else lora.rank,
+            alpha=None if lora is None else lora.alpha or lora.rank,
+            target_modules=None if lora is None else lora.target_modules,
             captions=self.images.captions,
             training_data=own["datasets"],
             **added,

@@ -1,0 +1,295 @@
+"""Model cards: a template, sections that a person wrote, and numbers that a program measured.
+
+- What is measured comes from `report.json` of `medisyn evaluate` or the "metrics" of `adapter.json`; nobody types it,
+  and a card without any says that nothing is known.
+- The licence is that of the strictest source (`medisyn.licenses`). A card without numbers, or with a licence looser
+  than its sources, is refused unless forced, and a forced card says so on top.
+- A hand-written file has `## Section` headings. What stands before the first one is the summary; sections that the
+  template has are put in front of the computed part, others are added as they are.
+
+    card = make_card(facts, sections=read_sections(Path("model_cards/knee-osteoarthritis.md")))
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from .licenses import License, Source, license_for, looser_than_sources
+
+MARK = "written by medisyn publish"
+SUMMARY = ""  # key of what stands before the first heading
+MERGED = ("use", "training data and licences", "evaluation", "limitations")  # sections that the template has
+ALIASES = {"training data": "training data and licences", "licence": "training data and licences"}
+TAGS = ("medical", "medical-imaging", "synthetic", "medisyn", "not-for-diagnosis")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a program knows about a model or an adapter.
+
+    Attributes:
+        repo_id: owner/name on the Hub.
+        kind: "model" or "adapter".
+        description: One sentence: what it is, for which base, at which resolution.
+        conditions: Kinds of condition that it takes.
+        snippet: Python code that draws an image with medisyn.
+        stock_snippet: The same with stock diffusers, where that is possible.
+        facts: Further lines: hashes, words, labels, captions.
+        components: Component -> class name; of an adapter, empty.
+        datasets: `{"name", "license", "images"}` of the training data.
+        base: The model that it started from or belongs to, with its licence; None: from scratch.
+        base_model: The same, where it is a name on the Hub.
+        metrics: `{"name", "subset", "value", "real", "images", "extractor"}` of each measured number.
+        notes: What a reader of the numbers must know.
+        hashes: Number of training images whose hash is published.
+        tags: Beside those of all cards.
+        image: File name of a picture that it drew.
+        image_note: How that was drawn.
+    """
+
+    repo_id: str
+    kind: str
+    description: str
+    conditions: Sequence[str]
+    snippet: str
+    stock_snippet: str = ""
+    facts: Sequence[str] = ()
+    components: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[Mapping[str, Any]] = ()
+    base: Source | None = None
+    base_model: str | None = None
+    metrics: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
+    hashes: int = 0
+    tags: Sequence[str] = ()
+    image: str | None = None
+    image_note: str = ""
+
+    @property
+    def sources(self) -> list[Source]:
+        """Everything whose licence binds this one."""
+        data = [Source(each.get("name") or "unnamed data", each.get("license")) for each in self.datasets]
+        return data + ([self.base] if self.base is not None else [])
+
+
+def settle_license(facts: CardFacts, stated: License | None = None) -> License:
+    """The licence that somebody stated, else the loosest that the sources allow."""
+    return stated or license_for(facts.sources)
+
+
+def objections(facts: CardFacts, license: License) -> list[str]:
+    """Why this card should not be published, one sentence each; empty: nothing speaks against it."""
+    found = []
+    if not facts.metrics:
+        found.append("it has no measured numbers")
+    sources = facts.sources or [Source("its training data", None)]
+    looser = looser_than_sources(license, sources)
+    if looser:
+        more = f" and {len(looser) - 1} more" if len(looser) > 1 else ""
+        found.append(f"the licence {license.title} is looser than its sources: {looser[0]}{more}")
+    return found
+
+
+def make_card(
+    facts: CardFacts,
+    license: License | None = None,
+    sections: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> str:
+    """The card as Markdown with its YAML header.
+
+    Args:
+        facts: About the model.
+        license: Stated by somebody; by default that of the strictest source.
+        sections: What `read_sections` returns.
+        force: Write the card although something speaks against it; it then says what.
+
+    Raises:
+        ValueError: It has no measured numbers, or its licence is looser than its sources; or somebody wrote about an
+            evaluation that was not made.
+    """
+    from huggingface_hub import ModelCard
+
+    settled = settle_license(facts, license)
+    against = objections(facts, settled)
+    if against and not force:
+        raise ValueError(f"the card of {facts.repo_id} is refused: {'; '.join(against)}. Mend it, or force it")
+    hand, extra = _merged(sections or {})
+    if hand["evaluation"] and not facts.metrics:
+        raise ValueError("the hand-written card has a section Evaluation, but nothing was measured: leave it out")
+    reason = f"The strictest source: {license_for(facts.sources).because}"
+    card = ModelCard.from_template(
+        metadata(facts, settled),
+        template_str=(resources.files("medisyn") / "card_template.md").read_text(encoding="utf-8"),
+        mark=MARK,
+        name=facts.repo_id.rpartition("/")[2],
+        warnings=[f"This card was forced although {reason}." for reason in against],
+        summary=(sections or {}).get(SUMMARY, ""),
+        description=facts.description,
+        image=facts.image,
+        image_note=facts.image_note,
+        snippet=facts.snippet,
+        stock_snippet=facts.stock_snippet,
+        facts=facts.facts,
+        components=facts.components,
+        hand=hand,
+        extra=extra,
+        sources=_source_rows(facts),
+        license=settled,
+        license_reason=reason,
+        hashes=f"{facts.hashes:,}" if facts.hashes else "",
+        metrics=[_metric_row(metric) for metric in facts.metrics],
+        notes=facts.notes,
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def metadata(facts: CardFacts, license: License) -> Any:
+    """The YAML header as `huggingface_hub.ModelCardData`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    is_adapter = facts.kind == "adapter"
+    task = "text-to-image" if "text" in facts.conditions else "unconditional-image-generation"
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type="real-images",
+            dataset_name=f"real images: {metric['subset']}",
+            dataset_config=re.sub(r"[^a-z0-9]+", "-", str(metric["subset"]).lower()).strip("-") or "all",
+            metric_type=re.sub(r"[^a-z0-9]+", "_", str(metric["name"]).lower()).strip("_"),
+            metric_name=str(metric["name"]),
+            metric_value=metric["value"],
+        )
+        for metric in facts.metrics
+    ]
+    return ModelCardData(
+        license=license.id,
+        license_name=license.name,
+        license_link="LICENSE" if license.name else None,
+        library_name="diffusers",
+        pipeline_tag=task,
+        base_model=facts.base_model,
+        base_model_relation=("adapter" if is_adapter else "finetune") if facts.base_model else None,
+        tags=[*TAGS, *facts.tags, *(f"condition-{kind}" for kind in facts.conditions)],
+        model_name=facts.repo_id.rpartition("/")[2],
+        eval_results=results or None,
+    )
+
+
+def read_sections(file: Path) -> dict[str, str]:
+    """The sections of a hand-written card by heading; `SUMMARY` is what stands before the first one.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or has two sections of one name.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # a header, which is computed
+    parts = re.split(r"^## +(.+?) *$", text, flags=re.MULTILINE)
+    summary = re.sub(r"\A\s*# .*$", "", parts[0], flags=re.MULTILINE).strip()
+    sections = {SUMMARY: summary} if summary else {}
+    for heading, body in zip(parts[1::2], parts[2::2], strict=True):
+        if heading in sections:
+            raise ValueError(f"{file} has two sections {heading!r}")
+        sections[heading] = body.strip()
+    return sections
+
+
+def metrics_of_report(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers of `report.json` that a card shows, each beside that of real images.
+
+    Raises:
+        ValueError: It is no report of `medisyn evaluate`.
+    """
+    try:
+        return list(_metrics(report))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"report.json is not a report of medisyn evaluate: {error!r}") from None
+
+
+def _metrics(report: Mapping[str, Any]):
+    extractor = str(report["extractor"]["spec"]).partition("@")[0]
+
+    def metric(name: str, subset: str, values: Mapping[str, Any], images: int) -> dict[str, Any]:
+        numbers = {key: values.get(key) for key in ("synthetic", "real")}
+        return {"name": name, "subset": subset, "value": numbers["synthetic"], "real": numbers["real"]} | {
+            "images": images,
+            "extractor": extractor,
+        }
+
+    for column, result in report["agreement"].items():
+        synthetic = result.get("synthetic", {}) if isinstance(result, Mapping) else {}
+        if "accuracy" not in synthetic:
+            continue
+        for score, title in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy")):
+            values = {name: result.get(name, {}).get(score) for name in ("synthetic", "real")}
+            yield metric(f"agreement with the requested {column}, {title}", "all", values, synthetic["images"])
+        for subset, scores in synthetic.get("ordinal", {}).items():
+            kappa = "quadratic_weighted_kappa"
+            if kappa in scores:
+                real = result.get("real", {}).get("ordinal", {}).get(subset, {})
+                values = {"synthetic": scores[kappa], "real": real.get(kappa)}
+                yield metric(f"{column}, quadratic-weighted kappa", subset, values, scores["images"])
+    overall = report["fidelity"]["overall"]
+    if "omitted" not in overall:
+        images = overall["images"]
+        yield metric("Fréchet distance", "all", overall["frechet_distance"], images)
+        kernel = {name: 1000 * overall["kernel_distance"][name] for name in ("synthetic", "real")}
+        yield metric("kernel distance (KID) × 1000", "all", kernel, images)
+        for score in ("precision", "recall", "density", "coverage"):
+            yield metric(score, "all", overall[score], images)
+    nearest = report["nearest_training_image"]
+    if "omitted" not in nearest:
+        values = {name: nearest[name]["median"] for name in ("synthetic", "real")}
+        yield metric("cosine distance to the nearest training image, median", "all", values, nearest["images"])
+
+
+def _merged(sections: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Texts for the template's own sections, and the other sections."""
+    hand, extra = dict.fromkeys(MERGED, ""), []
+    for heading, text in sections.items():
+        key = ALIASES.get(heading.lower(), heading.lower())
+        if key in hand:
+            hand[key] += text + "\n\n"
+        elif heading != SUMMARY:
+            extra.append((heading, text))
+    return hand, extra
+
+
+def _source_rows(facts: CardFacts) -> list[dict[str, str]]:
+    rows = [
+        {
+            "name": _cell(each.get("name") or "unnamed"),
+            "license": _cell(each.get("license") or "not stated"),
+            "images": f"{each['images']:,}" if each.get("images") is not None else "",
+        }
+        for each in facts.datasets
+    ]
+    if facts.base is not None:
+        license = _cell(facts.base.license or "not stated")
+        rows.append({"name": f"base model: {_cell(facts.base.name)}", "license": license, "images": ""})
+    return rows
+
+
+def _metric_row(metric: Mapping[str, Any]) -> dict[str, str]:
+    return {key: _number(value) if key in ("value", "real") else _cell(value) for key, value in metric.items()}
+
+
+def _number(value: Any) -> str:
+    """Three decimals below ten, one above; text as it is."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return _cell(value)
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value if value is not None else "").split()).replace("|", "\\|")

@@ -1,0 +1,294 @@
+"""A run, a pipeline or an adapter as a complete Hub repository, uploaded or written to a folder.
+
+- The repository is assembled in a folder first, the same for an upload and for a dry run: weights as safetensors, the
+  pipeline's own code, card, samples, configuration, hashes of the training images, licence, report. Only known files
+  are taken along, paths of this machine are taken out, and a last look refuses what would still give some away.
+- Sample images are synthetic ones. The grid of an evaluation also shows real images, so it is never published.
+- `upload_folder` of huggingface_hub sends what is not on the Hub yet: the same command again continues an upload.
+
+    medisyn publish runs/knee-osteoarthritis owner/knee-osteoarthritis --dry-run outputs/knee
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .adapter_folder import MANIFEST, SAMPLES
+from .cards import MARK, License, make_card, metrics_of_report, read_sections, settle_license
+from .cleaning import clean_file, find_private, without_paths
+from .hub import INDEX, WITH_WEIGHTS, WITHOUT_WEIGHTS, first_line, is_hub_name
+from .licenses import stated_license
+from .training_record import TRAINING_RECORD
+
+if TYPE_CHECKING:
+    from .cards import CardFacts
+
+CARD, LICENSE, CONFIG, REPORT = "README.md", "LICENSE", "config.yaml", "report.json"
+SECTIONS = "card.md"  # hand-written, in the run
+TAKEN = (".safetensors", ".json", ".txt", ".model")  # files of a component
+CODE = "medisyn_pipeline.py"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is published.
+
+    Attributes:
+        kind: "model" or "adapter".
+        folder: Of the pipeline or the adapter.
+        run: The run's folder; without a run, the same.
+    """
+
+    kind: str
+    folder: Path
+    run: Path
+
+    def file(self, *names: str) -> Path | None:
+        """The first of these files that is there, of the folder itself or the run."""
+        places = [place / name for name in names for place in (self.folder, self.run)]
+        return next((place for place in places if place.is_file()), None)
+
+
+def publish(
+    run_or_folder: str | Path,
+    repo_id: str,
+    dry_run: str | Path | None = None,
+    private: bool = False,
+    force: bool = False,
+    license: str | None = None,
+    card: str | Path | None = None,
+    report: str | Path | None = None,
+) -> Path | str:
+    """Publish a model or an adapter.
+
+    Args:
+        run_or_folder: A run, its `pipeline/` or `adapter/`, or any folder of a pipeline or an adapter.
+        repo_id: owner/name on the Hub; made if it is not there.
+        dry_run: Write the repository into this folder and upload nothing.
+        private: Make a new repository private.
+        force: Publish although the card has no measured numbers or the licence is looser than the sources; the card
+            then says so.
+        license: Of the weights; by default what the training record states, else that of the strictest source.
+        card: Hand-written sections; by default `card.md` of the run.
+        report: `report.json` of `medisyn evaluate`; by default that of the folder, or of the run's `evaluation/`.
+
+    Returns:
+        The folder of a dry run, or the address of the repository.
+
+    Raises:
+        FileNotFoundError: There is nothing to publish.
+        FileExistsError: The folder of the dry run holds something else.
+        ValueError: A refused card, damaged files, or a report of another model.
+        OSError: The Hub refuses or cannot be reached.
+    """
+    if not is_hub_name(repo_id):
+        raise ValueError(f"{repo_id!r} is not a Hub name of the form owner/name")
+    subject = find_subject(run_or_folder)
+    stated = None if license is None else stated_license(license)
+    if dry_run is not None:
+        target = Path(dry_run)
+        _require_replaceable(target, subject)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.absolute().with_name(f".{target.absolute().name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            assemble(subject, repo_id, partial, stated, card, report, force)
+            old = partial.with_suffix(".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)  # never half a folder under the final name
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return target
+    _require_login()
+    with tempfile.TemporaryDirectory(prefix="medisyn-publish-") as folder:
+        assemble(subject, repo_id, Path(folder) / "repository", stated, card, report, force)
+        return upload(Path(folder) / "repository", repo_id, private)
+
+
+def find_subject(run_or_folder: str | Path) -> Subject:
+    """The pipeline or adapter of a run or folder; "default" is the embedded model. Raises FileNotFoundError."""
+    from importlib import resources
+
+    folder = Path(run_or_folder).expanduser()
+    if str(run_or_folder) == "default" and not folder.exists():
+        folder = Path(str(resources.files("medisyn"))) / "pretrained"
+    for kind, mark in (("model", INDEX), ("adapter", MANIFEST)):
+        for place in (folder, folder / ("pipeline" if kind == "model" else "adapter")):
+            if (place / mark).is_file():
+                inside = place.name in ("pipeline", "adapter") and (place.parent / CONFIG).is_file()
+                return Subject(kind, place, place.parent if inside or place != folder else place)
+    tried = [folder / INDEX, folder / MANIFEST, folder / "pipeline" / INDEX, folder / "adapter" / MANIFEST]
+    raise FileNotFoundError(
+        f"nothing to publish in {str(run_or_folder)!r}; tried: {', '.join(map(str, tried))}. A run has a pipeline or "
+        "an adapter when its training has finished"
+    )
+
+
+def assemble(
+    subject: Subject,
+    repo_id: str,
+    folder: Path,
+    license: License | None = None,
+    card: str | Path | None = None,
+    report: str | Path | None = None,
+    force: bool = False,
+) -> None:
+    """Write the complete repository into a new folder; arguments as of `publish`."""
+    from .published_facts import facts_of
+
+    sections_file = Path(card) if card is not None else subject.file(SECTIONS)
+    sections = {} if sections_file is None else read_sections(sections_file)
+    numbers = _read_report(Path(report) if report is not None else subject.file(REPORT, f"evaluation/{REPORT}"))
+    folder.mkdir(parents=True)
+    for source, name in _files(subject):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / name)
+        clean_file(folder / name)
+    if numbers is not None:
+        (folder / REPORT).write_text(json.dumps(without_paths(numbers), indent=2) + "\n", encoding="utf-8")
+    config = subject.file(CONFIG)
+    if config is not None:
+        plain = without_paths(yaml.safe_load(config.read_text(encoding="utf-8")))
+        (folder / CONFIG).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    facts, draw = facts_of(subject, repo_id, numbers, folder)
+    settled = license or stated_license_of(subject) or settle_license(facts)
+    make_card(facts, settled, sections, force)  # refused before anything is drawn
+    note = draw()
+    if (folder / SAMPLES).is_file():
+        facts = replace(facts, image=SAMPLES, image_note=note)
+    text = make_card(facts, settled, sections, force)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    (folder / LICENSE).write_text(license_note(facts, settled), encoding="utf-8")
+    left = find_private(folder, [str(subject.folder.resolve()), str(subject.run.resolve())])
+    if left:
+        more = f" and in {len(left) - 1} more files" if len(left) > 1 else ""
+        raise ValueError(f"a path of this machine would be published, {left[0]}{more}: take it out of its source")
+
+
+def upload(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Bring a folder to the Hub; what is there already is not sent again. Returns the repository's address.
+
+    Raises:
+        OSError: The Hub refuses or cannot be reached; says how to continue.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Publish with medisyn",
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # of an earlier version with other shards
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001 - what a lost connection raises depends on the HTTP library
+        cause = error.__cause__ or error
+        raise OSError(
+            f"the upload to {repo_id} stopped: {first_line(error).rstrip('.')} ({first_line(cause).rstrip('.')}). The "
+            "same command again continues; what has arrived is not sent again"
+        ) from error
+    return str(address)
+
+
+def license_note(facts: "CardFacts", license: License) -> str:
+    """The text of the LICENSE file: the licence, why it is that one, and those of the sources."""
+    known = None if license.name else f"https://huggingface.co/docs/hub/repositories-licenses lists {license.id}."
+    terms = ", ".join(license.terms) or "none"
+    lines = [f"Licence of these weights: {license.title}", f"Terms: {terms}", ""]
+    if license.name == "research-only":
+        lines += [
+            "These weights may be used for research only. No other right is granted, since none was received.",
+            "",
+        ]
+    lines += [known, ""] if known else []
+    lines += ["Made from:", *(f"- {each.name}: {each.license or 'not stated'}" for each in facts.sources)]
+    return "\n".join([*lines, "", "Images of this model are synthetic and not for diagnosis."]) + "\n"
+
+
+def stated_license_of(subject: Subject) -> License | None:
+    """The licence that the training record states; in words that no rule understands, research only."""
+    from .published_facts import record_of
+
+    text = (record_of(subject) or {}).get("license")
+    if not text:
+        return None
+    try:
+        return stated_license(text)
+    except ValueError:
+        return stated_license("research-only")
+
+
+def _files(subject: Subject) -> list[tuple[Path, str]]:
+    """The files to take along, with their names in the repository."""
+    folder = subject.folder
+    if subject.kind == "adapter":
+        names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+        names += [name for name in (MANIFEST, TRAINING_RECORD) if (folder / name).is_file()]
+    else:
+        names = [name for name in (INDEX, CODE, TRAINING_RECORD) if (folder / name).is_file()]
+        for part in (*WITH_WEIGHTS, *WITHOUT_WEIGHTS):
+            inside = sorted((folder / part).glob("*")) if (folder / part).is_dir() else []
+            names += [f"{part}/{file.name}" for file in inside if file.suffix in TAKEN]
+    samples = subject.file(SAMPLES, "evaluation/samples.png")
+    return [(folder / name, name) for name in names] + ([(samples, SAMPLES)] if samples else [])
+
+
+def _read_report(file: Path | None) -> dict[str, Any] | None:
+    if file is None:
+        return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        raise ValueError(f"{file} is not JSON") from None
+    if not isinstance(report, Mapping):
+        raise ValueError(f"{file} is not a report of medisyn evaluate")
+    metrics_of_report(report)
+    return dict(report)
+
+
+def _require_replaceable(target: Path, subject: Subject) -> None:
+    """A dry run may write into a new or empty folder, or replace what another one left, and nothing else."""
+    source = subject.run.resolve()
+    if target.resolve() in (source, *source.parents, subject.folder.resolve()):
+        raise FileExistsError(f"{target} is or contains what is to be published; choose another folder")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise FileExistsError(f"{target} is not a folder; choose another name")
+    held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if not held:
+        return
+    known = {CARD, LICENSE, CONFIG, REPORT, SAMPLES, INDEX, MANIFEST, TRAINING_RECORD, CODE}
+    foreign = {name for name in held - known - {*WITH_WEIGHTS, *WITHOUT_WEIGHTS} if not name.endswith(".safetensors")}
+    card = target / CARD
+    if foreign or not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise FileExistsError(
+            f"{target} holds something that medisyn publish did not write"
+            f"{': ' + min(foreign) if foreign else ''}; choose another folder"
+        )
+
+
+def _require_login() -> None:
+    """Fail before anything is assembled."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("offline mode is on (HF_HUB_OFFLINE): unset it, or use --dry-run")
+    if get_token() is None:
+        raise ValueError("not logged in to the Hub: log in with `hf auth login` or set HF_TOKEN, or use --dry-run")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # noqa: BLE001 - what a missing network raises depends on the HTTP library
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise ValueError("the Hub refuses this token: log in again with `hf auth login`") from error
+        raise OSError(f"{constants.ENDPOINT} cannot be reached: {first_line(error)}; check the network") from error

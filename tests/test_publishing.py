@@ -1,0 +1,324 @@
+"""Publishing into a folder: what is in it, that stock diffusers loads it, and what is refused.
+
+python -m pytest tests/test_publishing.py
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from medisyn import publishing
+from medisyn.adapter_folder import make_manifest, weights_hash
+from medisyn.backbone import model_hash
+from medisyn.cards import metrics_of_report
+from medisyn.cleaning import clean_file, find_private, without_paths
+from medisyn.commands.publish import register
+from medisyn.config import LoraConfig
+from medisyn.console import OneLineErrors
+from medisyn.lora import prepare_adapter, save_adapter
+from medisyn.publishing import publish
+from medisyn.training_record import write_training_record
+from tests.components import tiny_pipeline
+from tests.test_cards import REPORT
+
+DATA = [{"name": "busi", "license": "CC BY-NC 4.0", "images": 3}]
+
+
+def report_of(subject):
+    """A report with one measured number, as `medisyn evaluate` writes it."""
+    sources = {"real": "/home/somebody/data/validation-*.parquet"}
+    return REPORT | {"subject": subject, "sources": sources}
+
+
+def make_run(folder, pipe):
+    """A finished run with an evaluation, full of paths."""
+    pipe.save_pretrained(folder / "pipeline")
+    write_training_record(folder / "pipeline", {"hashes": ["0" * 16, "1" * 16], "datasets": DATA})
+    config = {
+        "output_dir": str(folder),
+        "data": {"source": [f"{folder}/train.parquet"]},
+        "task": {"type": "diffusion"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "evaluation").mkdir()
+    report = report_of({"model": "run", "model_hash": model_hash(pipe)})
+    (folder / "evaluation" / "report.json").write_text(json.dumps(report))
+    Image.new("RGB", (8, 8)).save(folder / "evaluation" / "grid.png")  # shows real images
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "chest", tiny_pipeline(("text", "labels")))
+
+
+@pytest.fixture(scope="module")
+def published(run):
+    return publish(run, "owner/chest", dry_run=run.parent / "published")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA on a Stable Diffusion of a few thousand parameters, in a run."""
+    pipe = tiny_pipeline(vae="kl")
+    base_hash = model_hash(pipe)
+    prepare_adapter(pipe, "lora", LoraConfig(rank=2, alpha=6))
+    for name, parameter in pipe.unet.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.fill_(0.1)
+    options = {"rank": 2, "alpha": 6, "captions": ["chest"], "training_data": DATA}
+    manifest = make_manifest("ribs", "lora", "owner/sd", base_hash, ["text"], **options)
+    folder = tmp_path / "run" / "adapter"
+    save_adapter(pipe, folder, manifest)
+    write_training_record(folder, {"hashes": ["0" * 16], "datasets": DATA})
+    tiny_pipeline(vae="kl").save_pretrained(tmp_path / "sd")
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"task": {"base": str(tmp_path / "sd")}}))
+    Image.new("RGB", (8, 8)).save(folder / "samples.png")
+    return folder
+
+
+def files(folder):
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+class TestModel:
+    def test_the_folder_is_complete(self, published):
+        there = files(published)
+        assert {"README.md", "LICENSE", "config.yaml", "report.json", "samples.png", "training_images.json"} <= there
+        assert {"model_index.json", "medisyn_pipeline.py", "tokenizer/tokenizer.json"} <= there
+        for part in ("unet", "vae"):
+            assert f"{part}/diffusion_pytorch_model.safetensors" in there
+        assert not [name for name in there if name.endswith((".bin", ".ckpt", ".partial")) or "grid" in name]
+        card = ModelCard.load(published / "README.md")
+        assert card.data.license == "cc-by-nc-4.0" and card.data.eval_results
+        assert "busi" in card.text and "not for diagnosis" in card.text
+        assert "CC BY-NC 4.0" in (published / "LICENSE").read_text()
+        assert Image.open(published / "samples.png").text["synthetic"] == "true"
+
+    def test_no_path_and_no_user_name_is_left(self, published, run):
+        private = [str(run), str(run.parent), "/home/", str(Path.home()) + "/", f"/{getpass.getuser()}/"]
+        for name, content in contents(published).items():
+            assert not [text for text in private if text.encode() in content], name
+        config = yaml.safe_load((published / "config.yaml").read_text())
+        assert (config["output_dir"], config["data"]["source"]) == ("chest", ["train.parquet"])
+        report = json.loads((published / "report.json").read_text())
+        assert report["sources"] == {"real": "validation-*.parquet"}
+        assert report["extractor"]["spec"] == "timm:lite0@lite0.pth"
+
+    def test_stock_diffusers_loads_it_without_medisyn(self, published, tmp_path):
+        script = """
+            import sys
+            sys.modules["medisyn"] = None  # any import of it raises ImportError
+            from diffusers import DiffusionPipeline
+            pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+            print(pipe("chest", labels="gc=1", num_inference_steps=1).images[0].size)
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(published)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert done.stdout.strip() == "(32, 32)", done.stderr
+
+    def test_publishing_again_gives_the_same_bytes(self, published, run, tmp_path):
+        again = publish(run / "pipeline", "owner/chest", dry_run=tmp_path / "again")
+        assert contents(again) == contents(published)
+        assert publish(run, "owner/chest", dry_run=again) == again  # replaces what it wrote
+        assert contents(again) == contents(published)
+
+    def test_numbers_of_another_model_are_refused(self, run, tmp_path):
+        (tmp_path / "report.json").write_text(json.dumps(report_of({"model_hash": "0" * 12})))
+        with pytest.raises(ValueError, match="about the model 000000000000, this one is"):
+            publish(run, "owner/chest", dry_run=tmp_path / "out", report=tmp_path / "report.json", force=True)
+        assert files(tmp_path) == {"report.json"}
+
+    def test_refused_unless_forced(self, tmp_path):
+        tiny_pipeline(()).save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="no measured numbers"):
+            publish(tmp_path / "model", "owner/model", dry_run=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        publish(tmp_path / "model", "owner/model", dry_run=tmp_path / "out", force=True, license="mit")
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert "forced although it has no measured numbers" in text and "mit is looser" in text
+        assert "report.json" not in files(tmp_path / "out")
+
+    def test_hand_written_sections_of_the_run(self, run, tmp_path):
+        (tmp_path / "card.md").write_text("Draws chests.\n\n## Limitations\n\n* No ribs.\n")
+        out = publish(run, "owner/chest", dry_run=tmp_path / "out", card=tmp_path / "card.md")
+        assert "* No ribs." in (out / "README.md").read_text()
+        (tmp_path / "card.md").write_text("See /home/somebody/notes.\n")
+        with pytest.raises(ValueError, match="a path of this machine would be published, README.md: /home/s"):
+            publish(run, "owner/chest", dry_run=out, card=tmp_path / "card.md")
+        assert "* No ribs." in (out / "README.md").read_text()  # the earlier one stays
+
+
+class TestAdapter:
+    def test_the_folder_is_complete_and_loads_in_a_stock_pipeline(self, adapter, tmp_path):
+        own = weights_hash(adapter)
+        about = {"model_hash": "0" * 12, "adapters": {"ribs": 1.0}}
+        about["adapter_hash"] = hashlib.sha256(json.dumps([[own, 1.0]]).encode()).hexdigest()[:12]
+        (adapter / "report.json").write_text(json.dumps(report_of(about)))
+        out = publish(tmp_path / "run", "owner/ribs", dry_run=tmp_path / "out")
+        weights = "pytorch_lora_weights.safetensors"
+        expected = {weights, "adapter.json", "training_images.json", "samples.png", "report.json", "config.yaml"}
+        assert files(out) == expected | {"README.md", "LICENSE"}
+        assert not [name for name, content in contents(out).items() if b"somebody" in content]
+        data = ModelCard.load(out / "README.md").data.to_dict()
+        assert (data["base_model"], data["license_name"]) == ("owner/sd", "research-only")  # of an unknown base
+        assert {"lora", "peft"} <= set(data["tags"])
+        metrics = json.loads((out / "adapter.json").read_text())["metrics"]
+        assert metrics == metrics_of_report(REPORT)  # travel with the adapter
+        assert publish(out, "owner/ribs", dry_run=tmp_path / "again") and contents(tmp_path / "again") == contents(out)
+        tiny_pipeline(vae="kl").export_stable_diffusion(tmp_path / "plain")
+        stock = StableDiffusionPipeline.from_pretrained(tmp_path / "plain")
+        stock.load_lora_weights(str(out))
+        assert next(iter(stock.unet.peft_config.values())).lora_alpha == 6
+        changed = load_file(out / weights)
+        assert all((changed[name] == value).all() for name, value in load_file(adapter / weights).items())
+        (adapter / "report.json").write_text(json.dumps(report_of({"model_hash": "0" * 12})))
+        with pytest.raises(ValueError, match="not about this adapter"):
+            publish(adapter, "owner/ribs", dry_run=tmp_path / "other")
+
+    def test_no_path_is_left_in_the_weights(self, adapter, tmp_path):
+        file = adapter / "pytorch_lora_weights.safetensors"
+        options = json.dumps({"text_encoder.base_model_name_or_path": "/home/somebody/sd", "unet.r": 2})
+        save_file(load_file(file), file, metadata={"format": "pt", "lora_adapter_metadata": options})
+        out = publish(adapter, "owner/ribs", dry_run=tmp_path / "out", force=True)
+        assert not [name for name, content in contents(out).items() if b"somebody" in content]
+        assert load_file(out / file.name).keys() == load_file(file).keys()
+
+    def test_samples_are_drawn_where_there_are_none(self, adapter, tmp_path):
+        (adapter / "samples.png").unlink()
+        manifest = json.loads((adapter / "adapter.json").read_text())
+        (adapter / "adapter.json").write_text(json.dumps(manifest | {"base_model": "sd"}))
+        out = publish(tmp_path / "run", "owner/ribs", dry_run=tmp_path / "out", force=True)
+        assert "samples.png" in files(out)
+        (tmp_path / "run" / "config.yaml").unlink()
+        with pytest.raises(ValueError, match="no samples.png .*base 'sd' is not here"):
+            publish(adapter, "owner/ribs", dry_run=tmp_path / "other", force=True)
+
+
+class TestDryRunFolder:
+    def test_what_publish_did_not_write_is_kept(self, run, published, tmp_path):
+        for name in ("notes.txt", "README.md"):
+            folder = tmp_path / name.partition(".")[0]
+            folder.mkdir()
+            (folder / name).write_text("mine")
+            with pytest.raises(FileExistsError, match="did not write"):
+                publish(run, "owner/chest", dry_run=folder)
+            assert contents(folder) == {name: b"mine"}
+        (published / "mine.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match="did not write: mine.txt"):
+            publish(run, "owner/chest", dry_run=published)
+        (published / "mine.txt").unlink()
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(FileExistsError, match="not a folder"):
+            publish(run, "owner/chest", dry_run=tmp_path / "file")
+        for inside in (run, run / "pipeline", run.parent):
+            with pytest.raises(FileExistsError, match="choose another"):
+                publish(run, "owner/chest", dry_run=inside)
+
+    def test_an_interruption_leaves_nothing(self, run, tmp_path, monkeypatch):
+        def interrupted(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(publishing, "make_card", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            publish(run, "owner/chest", dry_run=tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+class TestCleaning:
+    def test_paths_become_names(self):
+        given = {
+            "a": "/data/x/train-*.parquet",
+            "b": ["~/y.png", "C:\\me\\z.pt"],
+            "_name_or_path": "/m",
+            "c": "a@/b/c",
+        }
+        assert without_paths(given) == {"a": "train-*.parquet", "b": ["y.png", "z.pt"], "c": "a@c"}
+        kept = ["https://a.org/b/c", "owner/name", "CT / normal", "and/or", "runs/chest", "</s>", 3, None, True]
+        assert without_paths(kept) == kept
+
+    def test_headers_of_weights(self, tmp_path):
+        import torch
+
+        file = tmp_path / "unet" / "a.safetensors"
+        file.parent.mkdir()
+        tensors = {"w": torch.arange(5.0), "v": torch.ones(3, dtype=torch.float16)}
+        nested = json.dumps({"base_model_name_or_path": "/home/me/sd", "r": 2, "target_modules": ["to_q"]})
+        save_file(tensors, file, metadata={"format": "pt", "options": nested, "from": "/home/me/x.pt"})
+        assert find_private(tmp_path, ["/home/me"])
+        clean_file(file)
+        assert not find_private(tmp_path, ["/home/me"])
+        loaded = load_file(file)
+        assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+        assert b'\\"r\\": 2' in file.read_bytes()
+
+    def test_what_is_left_is_found(self, tmp_path):
+        for name, text in {
+            "a.md": "in /home/me/x",
+            "b.py": r"re.sub(r'/(\w+)/x', y)",
+            "c.txt": "a/b https://x.y/home/z",
+        }.items():
+            (tmp_path / name).write_text(text)
+        assert find_private(tmp_path) == ["a.md: /home/m"]
+
+
+class TestCommand:
+    @pytest.fixture
+    def app(self):
+        app = typer.Typer(cls=OneLineErrors)
+        app.command()(lambda: None)  # a group needs two
+        register(app)
+        return app
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["absent", "owner/x", "--dry-run", "out"], "nothing to publish in 'absent'"),
+            (["absent", "owner", "--dry-run", "out"], "owner/name"),
+            (["", "owner/x"], "--run is empty"),
+            (["RUN", "owner/x", "--dry-run", ""], "--dry-run is empty"),
+            (["RUN", "owner/x", "--dry-run", "out", "--license", "beerware"], "valid are: research-only"),
+            (["RUN", "owner/x", "--dry-run", "out", "--license", "mit"], "looser"),
+            (["RUN", "owner/x", "--dry-run", "out", "--card", "absent.md"], "absent.md"),
+            (["RUN", "owner/x", "--dry-run", "out", "--report", "absent.json"], "absent.json"),
+            (["RUN"], "REPO"),
+            (["RUN", "owner/x"], "offline mode is on"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, app, run, tmp_path, monkeypatch, arguments, words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+        result = CliRunner().invoke(app, ["publish", *arguments])
+        assert result.exit_code == 2, result.stderr
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr
+        assert not list(tmp_path.iterdir())
+
+    def test_a_dry_run(self, app, run, published, tmp_path):
+        result = CliRunner().invoke(app, ["publish", str(run), "owner/chest", "--dry-run", str(tmp_path / "out")])
+        assert result.exit_code == 0 and "error" not in result.stderr
+        assert result.stdout == f"the repository is in {tmp_path / 'out'}; nothing was uploaded\n"
+        assert contents(tmp_path / "out") == contents(published)
