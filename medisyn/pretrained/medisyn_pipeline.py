@@ -722,6 +722,18 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if hashes.is_file() and not (folder / hashes.name).exists():
             shutil.copyfile(hashes, folder / hashes.name)
 
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, *args, **kwargs) -> None:
+        """As in diffusers; says so when an adapter's folder holds more than LoRA weights."""
+        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        source = pretrained_model_name_or_path_or_dict
+        manifest = Path(source) / "adapter.json" if isinstance(source, (str, Path)) else Path()
+        content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        if content.get("label_schema") or content.get("tokens"):
+            logger.warning(
+                f"{source} also brings label fields or words, which are not LoRA weights and were not loaded: use "
+                "medisyn.load_pipeline(adapter=...)"
+            )
+
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs) -> None:
         """As in diffusers; a pipeline without a text encoder takes adapters that have UNet weights only."""
