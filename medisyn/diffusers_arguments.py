@@ -186,7 +186,13 @@ def processes() -> int:
 
 
 def _require_in_range(arguments: argparse.Namespace) -> None:
-    positive: tuple[str, ...] = ("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps")
+    positive: tuple[str, ...] = (
+        "resolution",
+        "train_batch_size",
+        "num_train_epochs",
+        "max_train_steps",
+        "gradient_accumulation_steps",
+    )
     positive += ("rank", "checkpointing_steps", "checkpoints_total_limit", "num_validation_images", "learning_rate")
     for name in positive:
         value = getattr(arguments, name)

@@ -34,7 +34,7 @@ def examine() -> dict:
     import torch
 
     problems: list[str] = []
-    versions = {"medisyn": medisyn.__version__, "python": platform.python_version()}
+    versions: dict[str, str | None] = {"medisyn": medisyn.__version__, "python": platform.python_version()}
     for library in LIBRARIES:
         try:
             versions[library] = version(library)

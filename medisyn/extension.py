@@ -269,9 +269,7 @@ def extension_parameters(pipe: MediSynPipeline, name: str = "default") -> dict[s
     Empty for a name without label fields and words of its own.
     """
     blocks = zip(("label_embedding", "learned_embeds"), _blocks(pipe, name), strict=True)
-    return {
-        part: cast(nn.Parameter, block.weight.requires_grad_(True)) for part, block in blocks if block is not None
-    }
+    return {part: cast(nn.Parameter, block.weight.requires_grad_(True)) for part, block in blocks if block is not None}
 
 
 def save_extension(pipe: MediSynPipeline, folder: str | Path, name: str = "default") -> None:
@@ -396,13 +394,11 @@ def fuse_extensions(pipe: MediSynPipeline) -> None:
         labels.restore_trainable(linear)
         pipe.unet.class_embedding = linear
     if words is not None:
-        base = words.original
-        count = max(base.num_embeddings, words.first_id + len(words.rows))
-        embedding = nn.Embedding(
-            count, base.embedding_dim, base.padding_idx, device=base.weight.device, dtype=base.weight.dtype
-        )
-        embedding.weight.zero_()[: base.num_embeddings] = base.weight
-        embedding.weight[words.first_id : words.first_id + len(words.rows)] = words.table()[words.rows].to(base.weight)
+        old, table = words.original, words.original.weight
+        count = max(old.num_embeddings, words.first_id + len(words.rows))
+        embedding = nn.Embedding(count, old.embedding_dim, old.padding_idx, device=table.device, dtype=table.dtype)
+        embedding.weight.zero_()[: old.num_embeddings] = table
+        embedding.weight[words.first_id : words.first_id + len(words.rows)] = words.table()[words.rows].to(table)
         words.restore_trainable(embedding)
         pipe.text_encoder.set_input_embeddings(embedding)
         pipe.text_encoder.config.vocab_size = count

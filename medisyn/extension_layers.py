@@ -86,6 +86,7 @@ class ExtendedLinear(ExtendedLayer):
             part = nn.functional.linear(labels[..., block.columns].to(block.weight.dtype), block.weight)
             part = (block.scale * part).to(labels.dtype if total is None else total.dtype)
             total = part if total is None else total + part
+        assert total is not None  # without a base layer there is a block: the wrapper goes with the last one
         return total
 
 

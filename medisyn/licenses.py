@@ -30,11 +30,17 @@ RULES = (
     Rule(r"not (stated|known|recorded)|unknown|unclear|unspecified|^\W*$", RESEARCH, "its licence is not stated"),
     Rule(r"unverified|presumably|probably", RESEARCH, "its licence is hearsay: nobody verified it"),
     Rule(r"research|educat|academic|stud(y|ies)\b", RESEARCH, "it was given for research and education"),
+    Rule(r"rights reserved|permission|restricted|on request", RESEARCH, "it reserves rights that it does not name"),
     Rule(r"\bnc\b|non-?\s?commercial", NON_COMMERCIAL, "commercial use is forbidden"),
     Rule(r"\bnd\b|no-?\s?deriv", NO_DERIVATIVES, "sharing adaptations is forbidden"),
-    Rule(r"\bsa\b|share-?\s?alike", SHARE_ALIKE, "adaptations must carry the same licence"),
-    Rule(r"open-?rail|\bllama|\bgemma", USE_RESTRICTED, "certain uses are forbidden, also of what is made from it"),
-    Rule(r"\bby\b|attribution", ATTRIBUTION, "its authors must be named"),
+    Rule(r"\bby-?\s?(nc-?\s?)?sa\b|share-?\s?alike", SHARE_ALIKE, "adaptations must carry the same licence"),
+    Rule(
+        r"open-?rail|\bllama|\bgemma|use-?\s?restrict",
+        USE_RESTRICTED,
+        "certain uses are forbidden, also of what is made from it",
+    ),
+    # a "by" in a sentence ("given by its authors") is no licence
+    Rule(r"(\bcc|commons)[\s-]*by\b|^\W*by\b|\bby-(nc|nd|sa)\b|attribution", ATTRIBUTION, "its authors must be named"),
     Rule(
         r"\bmit\b|apache|\bbsd\b|cc-?\s?0|public domain|unlicense|\bpddl\b|cdla-permissive", None, "any use is allowed"
     ),

@@ -36,7 +36,15 @@ from medisyn.hub import (
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose
 
-__all__ = ["Adapters", "find_adapter", "is_hub_name", "load_autoencoder", "load_pipeline", "load_plain_lora"]
+__all__ = [
+    "Adapters",
+    "find_adapter",
+    "is_hub_name",
+    "load_autoencoder",
+    "load_pipeline",
+    "load_plain_lora",
+    "low_rank_names",
+]
 
 Adapters: TypeAlias = str | Path | Sequence[str | Path] | Mapping[str, float]
 
@@ -214,16 +222,17 @@ def load_plain_lora(pipe: MediSynPipeline, name_or_dir: str | Path, adapter_name
         ValueError: it is damaged, pickled, or not for a UNet or text encoder in diffusers' format.
     """
     place = find_adapter(name_or_dir)
-    before = _adapter_names(pipe)
+    before = low_rank_names(pipe)
     try:
         pipe.load_lora_weights(str(place), use_safetensors=True, adapter_name=adapter_name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"adapter {str(name_or_dir)!r} cannot be loaded: {first_line(error)}") from error
-    new = _adapter_names(pipe) - before
+    new = low_rank_names(pipe) - before
     if not new:  # diffusers only warns when no key matches
         raise ValueError(f"adapter {str(name_or_dir)!r} has no weights named 'unet.' or 'text_encoder.'")
     return new.pop()
 
 
-def _adapter_names(pipe: MediSynPipeline) -> set[str]:
+def low_rank_names(pipe: MediSynPipeline) -> set[str]:
+    """The names under which a pipeline holds LoRA weights."""
     return {name for names in pipe.get_list_adapters().values() for name in names}

@@ -1,9 +1,6 @@
-"""Adapters of a trained pipeline: LoRA, or scale and shift of its norms alone; train, save, load, mix, remove.
+"""Adapters on a trained pipeline: load, mix, fuse, remove. How they are trained: `medisyn.adapter_training`.
 
-- LoRA is peft's, saved in diffusers' format together with its metadata, so that `load_lora_weights` of any stock
-  pipeline reads it and alpha is not lost. Norm-only adaptation is the batch-statistics adaptation of Noguchi & Harada
-  (ICCV 2019, eq. 2: one scale and one shift for each channel, all else frozen) at the norms of a diffusion UNet.
-- An adapter may bring label fields and words that its base never knew (`medisyn.extension`).
+- A LoRA, or differences of normalisation weights; either may bring label fields and words (`medisyn.extension`).
 - It belongs to one base, by hash: on another one it is refused. Several mix by weight; `unload_adapters` gives the
   base back bit for bit, `fuse_adapters` makes the mixture the new base.
 
@@ -11,31 +8,25 @@
     set_adapters(pipe, ["knee-osteoarthritis"], [0.7])
 """
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from . import extension
-from .adapter_folder import LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash, write_manifest
+from .adapter_folder import LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash
+from .adapter_training import norm_parameters
 from .backbone import model_hash
-from .config import LoraConfig
 from .generation.provenance import ADAPTERS, low_rank_hash
-from .loading import find_adapter, load_pipeline, load_plain_lora
+from .loading import find_adapter, load_pipeline, load_plain_lora, low_rank_names
 from .pipelines.medisyn_pipeline import MediSynPipeline
 
-logger = logging.getLogger(__name__)
-
-TRAINED = "default"  # name of the adapter that is being trained
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass
@@ -64,114 +55,6 @@ class _State:
     base_hash: str
     adapters: dict[str, LoadedAdapter]
     originals: dict[str, Tensor]  # the base's values of normalisation parameters that adapters change
-
-
-# ---- training ----
-
-
-def prepare_adapter(pipe: MediSynPipeline, method: str, options: LoraConfig | None = None) -> None:
-    """Freeze a pipeline and put a trainable adapter into it: what then requires a gradient is the adapter.
-
-    Args:
-        pipe: The base; its UNet (and text encoder) are changed in place.
-        method: "lora" or "norm".
-        options: Of the LoRA.
-
-    Raises:
-        ValueError: An unknown method, or `target_modules` that match nothing in the model.
-    """
-    for module in (pipe.unet, pipe.text_encoder, pipe.image_encoder):
-        if module is not None:
-            module.requires_grad_(False)
-    if method == "norm":
-        for parameter in norm_parameters(pipe.unet).values():
-            parameter.requires_grad_(True)
-        return
-    if method != "lora":
-        raise ValueError(f"method {method!r} is not one of: lora, norm")
-    options = options or LoraConfig()
-    _inject(pipe.unet, options.target_modules, options, "target_modules")
-    if options.text_encoder:
-        if pipe.text_encoder is None:
-            raise ValueError("lora.text_encoder: this model has no text encoder")
-        _inject(pipe.text_encoder, options.text_encoder_target_modules, options, "text_encoder_target_modules")
-
-
-def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Scale and shift of all normalisation layers, by name."""
-    return {
-        f"{name}.{part}": parameter
-        for name, layer in module.named_modules()
-        if isinstance(layer, _NORMS)
-        for part, parameter in layer.named_parameters(recurse=False)
-    }
-
-
-def _inject(module: nn.Module, targets: str | Sequence[str], options: LoraConfig, option: str) -> None:
-    names = [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    extended = any(name.startswith("class_embedding.") for name in names)  # its name would not be that of a stock UNet
-    patterns = [targets] if isinstance(targets, str) else targets
-    for pattern in patterns:
-        if isinstance(targets, str):
-            matches = any(re.fullmatch(pattern, name) for name in names)
-        else:
-            matches = any(name == pattern or name.endswith(f".{pattern}") for name in names)
-        if not matches:
-            endings = sorted({re.sub(r"^.*?([^.]+(\.\d+)?)$", r"\1", name) for name in names})
-            raise ValueError(
-                f"lora.{option}: {pattern!r} matches no layer of the {type(module).__name__}; "
-                f"layers end in: {', '.join(endings)}"
-            )
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.rank if options.alpha is None else options.alpha,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        lora_dropout=options.dropout,
-        use_rslora=options.use_rslora,
-        use_dora=options.use_dora,
-        exclude_modules=r"class_embedding\..*" if extended else None,
-    )
-    module.add_adapter(config, adapter_name=TRAINED)
-
-
-def save_adapter(
-    pipe: MediSynPipeline,
-    folder: str | Path,
-    manifest: Mapping[str, Any],
-    originals: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write the adapter that `prepare_adapter` put into a pipeline, with `adapter.json`.
-
-    Args:
-        pipe: The adapted pipeline.
-        folder: Is created; weight files in it are replaced.
-        manifest: See `medisyn.adapter_folder.make_manifest`.
-        originals: Of a norm adapter: the base's values of `norm_parameters`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if manifest["method"] == "norm":
-        now = norm_parameters(pipe.unet)
-        differences = {
-            name: now[name].detach().float().cpu() - value.float().cpu() for name, value in originals.items()
-        }
-        save_file(differences, folder / NORM_WEIGHTS, metadata={"format": "pt"})
-    else:
-        arguments: dict[str, Any] = {}
-        for part in ("unet", "text_encoder"):
-            module = getattr(pipe, part)
-            config = getattr(module, "peft_config", {}).get(TRAINED)
-            if config is not None:
-                config.base_model_name_or_path = None  # the path of this machine; the manifest names the base
-                # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture
-                arguments[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module, adapter_name=TRAINED)
-                arguments[f"{part}_lora_adapter_metadata"] = config.to_dict()  # without it alpha would become the rank
-        pipe.save_lora_weights(folder, **arguments)
-    extension.save_extension(pipe, folder, TRAINED)
-    write_manifest(folder, manifest)
-
-
-# ---- use ----
 
 
 def loaded_adapters(pipe: MediSynPipeline) -> dict[str, LoadedAdapter]:
@@ -211,8 +94,9 @@ def load_adapter(
     """
     folder = find_adapter(name_or_dir)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    given = Path(name_or_dir)  # the folder of a download is named by its hash
-    default_name = manifest["name"] if manifest else (given if given.is_dir() else given.with_suffix("")).name
+    given = Path(name_or_dir).expanduser()  # the folder of a download is named by its hash
+    given = given.resolve() if given.is_dir() else given
+    default_name = manifest["name"] if manifest else given.name.removesuffix(".safetensors")
     name = re.sub(r"[^\w-]+", "_", adapter_name or default_name)  # peft makes it part of module names: no dots
     if name in loaded_adapters(pipe):
         raise ValueError(f"an adapter named {name!r} is loaded already; unload it or choose another adapter_name")
@@ -231,15 +115,17 @@ def load_adapter(
                 adapter.differences = _read_differences(pipe, folder)
             elif (folder / LORA_WEIGHTS).is_file():
                 pipe.load_lora_weights(str(folder / LORA_WEIGHTS), adapter_name=name, use_safetensors=True)
+                if name not in low_rank_names(pipe):  # diffusers only warns when no key matches
+                    raise ValueError(f"{folder / LORA_WEIGHTS} has no weights named 'unet.' or 'text_encoder.'")
             else:
                 raise FileNotFoundError(f"{folder} has no {LORA_WEIGHTS}")
     except (RuntimeError, SafetensorError) as error:
-        extension.remove_extension(pipe, name)
+        _remove_parts(pipe, name)
         raise ValueError(
             f"adapter {str(name_or_dir)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     except BaseException:
-        extension.remove_extension(pipe, name)
+        _remove_parts(pipe, name)
         raise
     state.adapters[name] = adapter
     setattr(pipe, ADAPTERS, state)
@@ -271,7 +157,8 @@ def set_adapters(
     for name, adapter in adapters.items():
         adapter.weight = chosen.get(name, 0.0)
         extension.scale_extension(pipe, name, adapter.weight)
-    low_rank = [name for name in chosen if adapters[name].method != "norm"]
+    # without those of weight 0, since DoRA's magnitude does not scale
+    low_rank = [name for name, weight in chosen.items() if adapters[name].method != "norm" and weight]
     if low_rank:
         pipe.enable_lora()
         pipe.set_adapters(low_rank, [chosen[name] for name in low_rank])
@@ -309,6 +196,17 @@ def fuse_adapters(pipe: MediSynPipeline) -> None:
         pipe.unload_lora_weights()
     extension.fuse_extensions(pipe)
     delattr(pipe, ADAPTERS)
+
+
+def _remove_parts(pipe: MediSynPipeline, name: str) -> None:
+    """Take off what was loaded of an adapter before its loading failed."""
+    extension.remove_extension(pipe, name)
+    others = [each for each, adapter in loaded_adapters(pipe).items() if adapter.method != "norm"]
+    if others:
+        if name in low_rank_names(pipe):
+            pipe.delete_adapters(name)
+    else:
+        pipe.unload_lora_weights()
 
 
 def _require_base(pipe: MediSynPipeline, under: str, manifest: Mapping[str, Any], name: str) -> None:

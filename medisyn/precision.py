@@ -10,6 +10,7 @@
 import dataclasses
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -25,25 +26,26 @@ Precision = Literal["no", "bf16"]
 _WARM_UP, _TIMED = 1, 3  # steps
 
 
-def settle_precision(config: TrainConfig, recorded: Path) -> TrainConfig:
+def settle_precision(config: TrainConfig, recorded: Path, timeout: timedelta) -> TrainConfig:
     """The configuration with "auto" replaced by what the run in this folder uses, or by what is faster.
 
     Args:
         config: Of the run.
         recorded: `config.yaml` in its folder; written by the first process where it is missing.
+        timeout: Of the process group, which the first state of a process makes for all that follow.
     """
     if config.train.mixed_precision != "auto":
         return config
-    state = PartialState()
+    state = PartialState(timeout=timeout)
     with state.main_process_first():
         if recorded.is_file() and (kept := load_config(recorded).train.mixed_precision) != "auto":
             precision = kept
         else:
             precision = fastest_precision(config)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, mixed_precision=precision))
+        if state.is_main_process and not recorded.is_file():  # here, before the others look for it
             recorded.parent.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, mixed_precision=precision))
-    if state.is_main_process and not recorded.is_file():
-        save_config(config, recorded)
+            save_config(config, recorded)
     return config
 
 
@@ -61,8 +63,8 @@ def fastest_precision(config: TrainConfig) -> Precision:
 
 def _training_step(config: TrainConfig, device: torch.device):
     """A function that runs the model of a configuration forward and backward once, on random inputs."""
+    from medisyn.adapter_training import prepare_adapter
     from medisyn.backbone import create_autoencoder, create_pipeline, load_autoencoder, load_pipeline
-    from medisyn.lora import prepare_adapter
 
     task, batch_size = config.task, config.train.batch_size // config.train.accumulation
     if isinstance(task, AutoencoderTaskConfig):

@@ -62,6 +62,8 @@ def _model_facts(
     pipe = load_pipeline(subject.folder)
     pipe.set_progress_bar_config(disable=True)
     known = describe(pipe, repo_id)
+    if report is not None and report["subject"].get("adapters"):
+        raise ValueError("the report is about this model with an adapter: evaluate it alone, or name another report")
     if report is not None and report["subject"].get("model_hash") != known["hash"]:
         raise ValueError(
             f"the report is about the model {report['subject'].get('model_hash')}, this one is {known['hash']}: "
@@ -124,6 +126,7 @@ def _adapter_facts(
     subject: "Subject", repo_id: str, report: Mapping[str, Any] | None, folder: Path
 ) -> tuple[CardFacts, Callable[[], str]]:
     manifest = read_manifest(subject.folder)
+    assert manifest is not None  # it makes a folder a subject of the kind "adapter"
     _require_own_report(subject, manifest, report)
     base, base_hash = manifest["base_model"], manifest["base_hash"]
     record = record_of(subject) or {}

@@ -252,7 +252,7 @@ def _read_report(file: Path | None) -> dict[str, Any] | None:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError):
         raise ValueError(f"{file} is not JSON") from None
-    if not isinstance(report, Mapping):
+    if not isinstance(report, Mapping) or not isinstance(report.get("subject"), Mapping) or "notes" not in report:
         raise ValueError(f"{file} is not a report of medisyn evaluate")
     metrics_of_report(report)
     return dict(report)

@@ -72,7 +72,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, task: TrainingTask | None = None) -> None:
         self.folder = Path(config.output_dir)
-        config = self.config = settle_precision(config, self.folder / "config.yaml")
+        config = self.config = settle_precision(config, self.folder / "config.yaml", CACHING_TIMEOUT)
         loop = config.train
         available = ["none", *(tracker.value for tracker in get_available_trackers())]
         if loop.tracker not in available:
@@ -288,9 +288,13 @@ class Trainer:
         """Load what `_leave_out_frozen` left, and nothing less: an adapter is never dropped in silence."""
         models.clear()  # accelerate would ask for the frozen weights as well
         file = Path(folder) / "model.safetensors"
-        state, every = load_file(file), set(self.task.state_dict())
+        state, tensors = load_file(file), self.task.state_dict()
+        every = set(tensors)
         frozen = {name for name, parameter in self.task.named_parameters() if not parameter.requires_grad}
-        wrong = sorted((every - frozen - set(state)) | (set(state) - every))
+        # of weights with two names, such as T5's embedding, a checkpoint holds one
+        same = {tensors[name].data_ptr() for name in every & set(state) if tensors[name].numel()}
+        missing = {name for name in every - frozen - set(state) if tensors[name].data_ptr() not in same}
+        wrong = sorted(missing | (set(state) - every))
         if wrong:
             raise ValueError(f"{file} is a checkpoint of another model: {wrong[0]} is only in one of the two")
         self.task.load_state_dict(state, strict=False)

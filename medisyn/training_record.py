@@ -43,7 +43,7 @@ def read_training_record(folder: str | Path) -> dict[str, Any] | None:
 
 def find_training_record(name_or_dir: str | Path) -> dict[str, Any] | None:
     """The record of a model or autoencoder named as for `load_pipeline`: a folder, a run, or a downloaded Hub name."""
-    folder = Path(name_or_dir)
+    folder = Path(name_or_dir).expanduser()
     if not folder.exists():
         from huggingface_hub import try_to_load_from_cache
 

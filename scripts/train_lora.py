@@ -77,14 +77,17 @@ def require_prediction_type(base: str, wanted: str) -> None:
 def draw(arguments: argparse.Namespace, base: str, run: Path) -> None:
     """Images for the validation prompt by the base with its new adapter, into RUN/validation."""
     from medisyn import load_pipeline
+    from medisyn.doctor import best_device
     from medisyn.generation.requests import Request, make_requests
     from medisyn.generation.synthesize import synthesize
+    from medisyn.tasks.diffusion import base_name
 
-    pipe = load_pipeline(base, adapter=run / "adapter")
+    pipe = load_pipeline(base, adapter=run / "adapter").to(best_device())
     template = Request(prompt=arguments.validation_prompt)
     requests = make_requests([template], arguments.num_validation_images, arguments.seed or 0)
     folder = run / "validation"
-    synthesize(pipe, requests, folder, num_inference_steps=30, model=base, adapter=run.name, overwrite=True)
+    names = {"model": base_name(base), "adapter": run.name}
+    synthesize(pipe, requests, folder, num_inference_steps=30, overwrite=True, **names)
     print(f"images: {folder}")
 
 

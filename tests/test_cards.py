@@ -69,6 +69,9 @@ class TestLicenses:
             (["CC0 (Kaggle page, unverified)"], "research-only"),
             (["a licence of our own"], "research-only"),
             (["creativeml-openrail-m"], "creativeml-openrail-m"),
+            (["All rights reserved by the hospital"], "research-only"),  # no "by" of a Creative Commons licence
+            (["given by its authors"], "research-only"),
+            (["non-commercial+use-restrictions+attribution"], "non-commercial+use-restrictions+attribution"),
             ([], "research-only"),
         ],
     )

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from medisyn.adapter_folder import make_manifest
+from medisyn.adapter_training import prepare_adapter, save_adapter
 from medisyn.backbone import load_pipeline, model_hash
 from medisyn.config import LoraConfig
 from medisyn.data.loading import load_images
 from medisyn.evaluation import format_table
 from medisyn.generation.provenance import read_provenance
-from medisyn.lora import load_adapter, prepare_adapter, save_adapter
+from medisyn.lora import load_adapter
 from medisyn.training_record import write_training_record
 from tests.components import tiny_pipeline as build_tiny_pipeline
 from tests.evaluation import COLOURS, KNEES, evaluation_data, run, write_images

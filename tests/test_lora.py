@@ -2,26 +2,21 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from medisyn.adapter_folder import LORA_WEIGHTS, MANIFEST, NORM_WEIGHTS, read_manifest
+from medisyn.adapter_training import norm_parameters, prepare_adapter
 from medisyn.backbone import load_pipeline, model_hash
-from medisyn.config import LoraConfig
+from medisyn.config import DataConfig, LoraConfig, PriorConfig
 from medisyn.generation.provenance import adapter_hash
-from medisyn.lora import (
-    fuse_adapters,
-    load_adapter,
-    loaded_adapters,
-    norm_parameters,
-    prepare_adapter,
-    set_adapters,
-    unload_adapters,
-)
+from medisyn.lora import fuse_adapters, load_adapter, loaded_adapters, set_adapters, unload_adapters
+from medisyn.tasks.cached_images import prior_data
 from medisyn.tasks.diffusion import DiffusionTask
 from medisyn.trainer import Trainer, latest_checkpoint
 from medisyn.training_record import read_training_record
@@ -327,3 +322,51 @@ def test_new_words_that_the_captions_hold_are_found(folder, caplog):
             adapter_config(folder, "auto", {"lora": {}, "conditions": [{"type": "text", "new_words": "auto"}]})
         )
     assert "square" in task.pipe.tokenizer.get_vocab() or "square" in task.pipe.tokenizer.get_added_vocab()
+
+
+def test_weight_zero_is_the_base_for_dora_as_well(folder):
+    lora = {"rank": 2, "use_dora": True, "target_modules": ["to_q", "to_v"]}
+    adapter = Trainer(adapter_config(folder, "dora_zero", {"lora": lora}, optim={"learning_rate": 0.1})).fit()
+    pipe = load_pipeline(folder / "base", adapter={str(adapter): 0.0})
+    assert torch.equal(draw(pipe), draw(load_pipeline(folder / "base")))
+    set_adapters(pipe, list(loaded_adapters(pipe)), 1.0)
+    assert not torch.equal(draw(pipe), draw(load_pipeline(folder / "base")))
+
+
+def test_an_adapter_that_fails_half_way_leaves_nothing(folder, trained, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained["lora"], damaged)
+    with safe_open(damaged / LORA_WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    state = load_file(damaged / LORA_WEIGHTS)
+    wrong = {name: torch.zeros(3, 3) if name.startswith("text_encoder") else value for name, value in state.items()}
+    save_file(wrong, damaged / LORA_WEIGHTS, metadata=metadata)
+    base, pipe = draw(load_pipeline(folder / "base")), load_pipeline(folder / "base")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_adapter(pipe, damaged)
+    assert torch.equal(draw(pipe), base) and not loaded_adapters(pipe)
+    name = load_adapter(pipe, trained["lora"])  # the name is free
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_adapter(pipe, damaged, adapter_name="second")
+    assert list(loaded_adapters(pipe)) == [name]
+    assert torch.equal(draw(pipe), draw(load_pipeline(folder / "base", adapter=trained["lora"])))
+
+
+def test_weights_for_another_model_are_an_error(folder, trained, tmp_path):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained["lora"], foreign)
+    state = {f"transformer.{name}": value for name, value in load_file(foreign / LORA_WEIGHTS).items()}
+    save_file(state, foreign / LORA_WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="LoRA|lora|weights"):
+        load_pipeline(folder / "base", adapter=foreign)
+
+
+def test_prior_texts_are_all_drawn(folder, tmp_path):
+    """Where the number of texts does not divide that of the images."""
+    prior = PriorConfig(num_images=5, prompts=("bright square", "dark square", "circle"))
+    pipe = load_pipeline(folder / "base")
+    data = DataConfig(source="unused", resolution=32)
+    prior_data(pipe, prior, data, tmp_path / "prior", "base")
+    lines = (tmp_path / "prior" / "metadata.jsonl").read_text().splitlines()
+    captions = [json.loads(line)["caption"] for line in lines]
+    assert len(captions) == 5 and set(captions) == set(prior.prompts)

@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 
 from medisyn import publishing
 from medisyn.adapter_folder import make_manifest, weights_hash
+from medisyn.adapter_training import prepare_adapter, save_adapter
 from medisyn.backbone import model_hash
 from medisyn.cards import metrics_of_report
 from medisyn.cleaning import clean_file, find_private, without_paths
 from medisyn.commands.publish import register
 from medisyn.config import LoraConfig
 from medisyn.console import OneLineErrors
-from medisyn.lora import prepare_adapter, save_adapter
 from medisyn.publishing import publish
 from medisyn.training_record import write_training_record
 from tests.components import tiny_pipeline
@@ -100,6 +100,17 @@ def contents(folder):
 
 
 class TestModel:
+    def test_numbers_of_an_adapter_are_not_the_models(self, run, tmp_path):
+        report = json.loads((run / "evaluation" / "report.json").read_text())
+        report["subject"] |= {"adapters": {"ribs": 1.0}, "adapter_hash": "0" * 12}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(ValueError, match="with an adapter"):
+            publish(run, "owner/chest", dry_run=tmp_path / "out", report=tmp_path / "report.json")
+        del report["notes"]
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        with pytest.raises(ValueError, match="not a report"):
+            publish(run, "owner/chest", dry_run=tmp_path / "out", report=tmp_path / "report.json")
+
     def test_the_folder_is_complete(self, published):
         there = files(published)
         assert {"README.md", "LICENSE", "config.yaml", "report.json", "samples.png", "training_images.json"} <= there

@@ -17,6 +17,7 @@ from medisyn.config import OptimConfig, save_config
 from medisyn.tasks.base import item_seed, seeded_normal
 from medisyn.tasks.batches import training_row
 from medisyn.trainer import Trainer, latest_checkpoint, learning_rate_factor
+from tests.test_extension import t5
 from tests.training import diffusion_config, write_base, write_images
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +60,17 @@ def test_four_steps_are_two_and_a_resume_of_two_bit_for_bit(folder):
     parts = Trainer(diffusion_config(folder, "parts", task=TEXT_TRAINED)).fit()
     assert same(weights(whole), weights(parts))
     assert losses(whole) == losses(parts)
+
+
+def test_weights_with_two_names_resume(folder):
+    """T5 has its embedding under two; a checkpoint holds one of them."""
+    tokenizer, encoder = t5()
+    for part in (tokenizer, encoder):
+        part.save_pretrained(folder / "t5")
+    text = {"type": "text", "encoder": str(folder / "t5"), "train_encoder": True, "max_length": 16}
+    for steps in (1, 2):
+        run = Trainer(diffusion_config(folder, "tied", task={"conditions": [text]}, train={"steps": steps})).fit()
+    assert len(losses(run)) == 2
 
 
 def test_training_changes_the_unet_and_the_trained_encoder_but_not_the_autoencoder(folder):

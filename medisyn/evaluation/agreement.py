@@ -92,12 +92,12 @@ def label_agreement(
     wanted = {value for images in evaluated.values() for value in images.outer()}
     classifiers, omitted, chances = {}, {}, []
     for value in sorted({value for value in outer if value is not None} & wanted):
-        rows = [row for row, known in enumerate(training_classes) if known is not None and outer[row] == value]
-        classes = sorted({training_classes[row] for row in rows})
+        own = {row: known for row, known in enumerate(training_classes) if known is not None and outer[row] == value}
+        classes = sorted(set(own.values()))
         if len(classes) < 2:
             omitted.update(dict.fromkeys(classes, "the only class here among the training images"))
             continue
-        classifiers[value] = fit_classifier(training.features[rows], [training_classes[row] for row in rows])
+        classifiers[value] = fit_classifier(training.features[list(own)], list(own.values()))
         chances += [1 / len(classes)] * len(classes)
     if not classifiers:
         return {"omitted": "the training images have fewer than two classes to tell apart"}
@@ -109,14 +109,15 @@ def label_agreement(
 
 def _score(classifiers: dict, omitted: dict, images: LabelledFeatures, seed: int, grades: Mapping) -> dict:
     """Scores of one set; classes that training images do not have are added to `omitted`."""
-    classes, outer = images.classes(), images.outer()
+    outer = images.outer()
+    labels = {row: label for row, label in enumerate(images.classes()) if label is not None}
     known = {label for classifier in classifiers.values() for label in classifier.classes_.tolist()}
-    for label in sorted({label for label in classes if label is not None} - known):
+    for label in sorted(set(labels.values()) - known):
         omitted.setdefault(label, "not among the training images")
     predicted: dict[int, str] = {}
     parts: dict[str, list[int]] = {}
     for value, classifier in classifiers.items():
-        own = [row for row, label in enumerate(classes) if outer[row] == value and label in known]
+        own = [row for row, label in labels.items() if outer[row] == value and label in known]
         if own:
             parts[value] = own
             predicted.update(zip(own, classifier.predict(images.features[own]).tolist(), strict=True))
@@ -125,7 +126,7 @@ def _score(classifiers: dict, omitted: dict, images: LabelledFeatures, seed: int
 
     def select(rows: Sequence[int]) -> tuple[list[str], list[str], list[Hashable] | None]:
         groups = None if images.groups is None else [images.groups[row] for row in rows]
-        return [predicted[row] for row in rows], [classes[row] for row in rows], groups
+        return [predicted[row] for row in rows], [labels[row] for row in rows], groups
 
     scores = score_predictions(*select(list(predicted)), seed=seed)
     if images.within is not None:

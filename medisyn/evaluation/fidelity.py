@@ -198,7 +198,7 @@ def fidelity_by_value(
     """`fidelity` per value of a column: real images that have it against synthetic images that were asked for it."""
     result = {}
     groups = range(len(real)) if groups is None else groups
-    for value in sorted({*real_values, *synthetic_values} - {None}):
+    for value in sorted({value for value in (*real_values, *synthetic_values) if value is not None}):
         real_rows = [row for row, other in enumerate(real_values) if other == value]
         synthetic_rows = [row for row, other in enumerate(synthetic_values) if other == value]
         chosen_groups = [groups[row] for row in real_rows]

@@ -11,7 +11,6 @@
 from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 RESAMPLES = 1000
 
@@ -41,10 +40,10 @@ def score_predictions(
     right = np.asarray(predicted) == np.asarray(labels)
     accuracies, balanced = [], []
     for weight in _draws(len(labels), groups, resamples, seed):
-        accuracies.append(np.average(right, weights=weight))
+        accuracies.append(float(np.average(right, weights=weight)))
         total = np.bincount(label_index, weight)
         drawn = total > 0  # a draw may miss a rare class
-        balanced.append(np.mean(np.bincount(label_index, weight * right)[drawn] / total[drawn]))
+        balanced.append(float(np.mean(np.bincount(label_index, weight * right)[drawn] / total[drawn])))
     scores: dict = {
         "images": len(labels),
         "accuracy": float(right.mean()),
@@ -118,7 +117,7 @@ def _quadratic_kappa(labels: np.ndarray, predicted: np.ndarray, weight: np.ndarr
     return float(1 - observed / (sum(spread) + (means[0] - means[1]) ** 2))
 
 
-def _interval(draws: ArrayLike) -> list[float]:
+def _interval(draws: Sequence[float]) -> list[float]:
     return [float(bound) for bound in np.percentile(draws, (2.5, 97.5))]
 
 

@@ -281,7 +281,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Label vectors (B, K) float, see `label_vector`; a tensor (B, K) is passed through."""
         if isinstance(labels, Tensor):
             return labels
-        rows = labels if isinstance(labels, (list, tuple)) else [labels]
+        rows: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
         if not all(row is None or isinstance(row, (str, Mapping)) for row in rows):
             raise ValueError(f"labels must be a dict, a string 'field=value, ...' or a list of them, not {labels!r}")
         return torch.tensor([label_vector(self.label_schema, row) for row in rows], device=self._execution_device)
@@ -298,7 +298,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             if self.text_encoder is None:
                 raise ValueError("this pipeline has no text encoder for the empty prompt: pass negative_prompt_embeds")
             return self.encode_prompt([""]).expand(batch_size, -1, -1)
-        shape = (batch_size, self.embeds_width(kind))
+        shape: tuple[int, ...] = (batch_size, self.embeds_width(kind))
         if kind == "image":
             shape = (batch_size, self._num_image_tokens(), shape[1])
         return torch.zeros(shape, dtype=self.unet.dtype, device=self._execution_device)
@@ -477,11 +477,15 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         negative = given["negative_prompt_embeds"]
         if given["negative_prompt"] is not None:
             negative = self.encode_prompt(given["negative_prompt"])
+        encoders: dict[str, Any] = {
+            "text": self.encode_prompt,
+            "image": self.encode_image,
+            "labels": self.encode_labels,
+        }
         embeds: dict[str, Tensor] = {}
         for kind, name in zip(KINDS, ("prompt", "image", "labels"), strict=True):
             if given[name] is not None:
-                encode = {"text": self.encode_prompt, "image": self.encode_image, "labels": self.encode_labels}[kind]
-                embeds[kind] = encode(given[name])
+                embeds[kind] = encoders[kind](given[name])
             elif given[EMBEDS_NAMES[kind]] is not None:
                 embeds[kind] = given[EMBEDS_NAMES[kind]]
                 width = self.embeds_width(kind) or embeds[kind].shape[-1]

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from medisyn.config import DataConfig, PriorConfig
@@ -25,6 +24,8 @@ from medisyn.data.cache import EmbeddingCache, LatentCache
 from medisyn.data.loading import ImageDataset
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import all_captions
+
+Flips: TypeAlias = Sequence[bool] | np.ndarray | bool  # one for each row, or one for all
 
 PRIOR_SEED = 1_000_000  # of the first image that a base draws
 
@@ -44,7 +45,7 @@ class CachedImages:
         """As `LatentCache.moments`."""
         return self.latents.moments(row, flip=flip)
 
-    def embeddings(self, kind: str, rows: Sequence[int], flips: ArrayLike = False) -> Tensor | None:
+    def embeddings(self, kind: str, rows: Sequence[int], flips: Flips = False) -> Tensor | None:
         """Embeddings of these rows, (B, T, width); None where this kind is not cached."""
         cache = self.embeds.get(kind)
         return None if cache is None else cache.embeddings(rows, cache.key["flips"] & np.asarray(flips))
@@ -68,7 +69,7 @@ class MixedImages:
         part, row = self._locate(row)
         return self.parts[part].moments(row, flip)
 
-    def embeddings(self, kind: str, rows: Sequence[int], flips: ArrayLike = False) -> Tensor | None:
+    def embeddings(self, kind: str, rows: Sequence[int], flips: Flips = False) -> Tensor | None:
         """As `CachedImages.embeddings`."""
         flags = np.broadcast_to(flips, len(rows))
         found = []
@@ -121,7 +122,9 @@ def prior_data(pipe: MediSynPipeline, prior: PriorConfig, data: DataConfig, fold
 
     texts = prior.prompts or all_captions()
     templates = [Request(prompt=text) for text in texts] if "text" in pipe.kinds else [Request()]
-    requests = make_requests(templates, -(-prior.num_images // len(templates)), PRIOR_SEED)[: prior.num_images]
+    # spread evenly: none of the texts is left out where their number does not divide that of the images
+    spread = [templates[place * len(templates) // prior.num_images] for place in range(prior.num_images)]
+    requests = make_requests(spread, seed=PRIOR_SEED)
     pipe.set_progress_bar_config(disable=True)
     synthesize(pipe, requests, folder, batch_size=16, model=base, progress=True)
     return DataConfig(source=str(folder), caption_column="caption" if "text" in pipe.kinds else None, **shape)

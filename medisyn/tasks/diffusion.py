@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
+from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter
 from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline, model_hash
 from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition, get_schema
 from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
 from medisyn.data.cache import build_latent_cache
 from medisyn.data.loading import ImageDataset, load_readable
 from medisyn.data.preprocessing import Preprocessor
-from medisyn.lora import TRAINED, norm_parameters, prepare_adapter, save_adapter
 from medisyn.losses import diffusion_target, min_snr_weights
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
@@ -98,6 +98,7 @@ class DiffusionTask(TrainingTask):
         base = load_pipeline(options.base) if options.base is not None else None
         if options.prior is not None:
             folder = Path(self.config.output_dir) / "prior"
+            base.to(PartialState().device)  # it draws the images
             drawn = prior_data(base, options.prior, self.config.data, folder, base_name(options.base))
             self._prior_images = load_readable(drawn)
         if options.adapts:
