@@ -28,7 +28,6 @@ from .loading import find_adapter, load_pipeline, load_plain_lora, low_rank_name
 from .pipelines.medisyn_pipeline import MediSynPipeline
 
 
-
 @dataclass
 class LoadedAdapter:
     """One adapter of a pipeline.
