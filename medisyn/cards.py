@@ -12,6 +12,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -160,7 +161,7 @@ def metadata(facts: CardFacts, license: License) -> Any:
             dataset_type="real-images",
             dataset_name=f"real images: {metric['subset']}",
             dataset_config=re.sub(r"[^a-z0-9]+", "-", str(metric["subset"]).lower()).strip("-") or "all",
-            metric_type=re.sub(r"[^a-z0-9]+", "_", str(metric["name"]).lower()).strip("_"),
+            metric_type=_identifier(metric["name"]),
             metric_name=str(metric["name"]),
             metric_value=metric["value"],
         )
@@ -293,3 +294,9 @@ def _number(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     return " ".join(str(value if value is not None else "").split()).replace("|", "\\|")
+
+
+def _identifier(name: Any) -> str:
+    """A metric's name as the card's YAML wants it: `frechet_distance`."""
+    plain = unicodedata.normalize("NFKD", str(name)).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_")

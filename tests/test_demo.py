@@ -15,7 +15,7 @@ import typer
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
-from medisyn import extension, lora
+from medisyn import adapter_training, extension
 from medisyn.adapter_folder import make_manifest
 from medisyn.backbone import model_hash
 from medisyn.commands import demo as command
@@ -38,7 +38,7 @@ def write_adapter(folder, kinds=("text", "labels")):
     """An adapter with visible effect that brings a label field and a caption."""
     pipe = tiny_pipeline(kinds)
     base = model_hash(pipe)
-    lora.prepare_adapter(pipe, "lora")
+    adapter_training.prepare_adapter(pipe, "lora")
     extension.extend_labels(pipe, {"grade": {"type": "ordinal", "values": ["0", "1", "2"], "display": "Knee grade"}})
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def write_adapter(folder, kinds=("text", "labels")):
         for parameter in extension.extension_parameters(pipe).values():
             torch.nn.init.normal_(parameter)
     added = extension.added(pipe)
-    lora.save_adapter(
+    adapter_training.save_adapter(
         pipe,
         folder,
         make_manifest(

@@ -67,8 +67,10 @@ def evaluate(
     if columns is not None and not all(columns):
         raise ValueError(f"--per must be column names joined by commas, not {per!r}")
     check_names(model_or_folder=model_or_folder, extractor=extractor, cache=cache, out=out)
-    for source in (*real, *(train or ())):
-        check_names(data=source)
+    for source in real:
+        check_names(real=source)
+    for source in train or ():
+        check_names(train=source)
     for folder in filter(None, (out, cache)):
         check_writable(folder)
     from ..evaluation.report import evaluate as measure
