@@ -125,6 +125,7 @@ def save_adapter(
             config = getattr(module, "peft_config", {}).get(TRAINED)
             if config is not None:
                 config.base_model_name_or_path = None  # the path of this machine; the manifest names the base
+                config.exclude_modules = None  # of use at the injection only; peft would warn at each loading
                 # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture
                 arguments[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module, adapter_name=TRAINED)
                 arguments[f"{part}_lora_adapter_metadata"] = config.to_dict()  # without it alpha would become the rank
