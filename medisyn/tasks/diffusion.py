@@ -27,7 +27,7 @@ from medisyn import extension
 from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter
 from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline, model_hash
-from medisyn.conditions import condition_dropout, conditions_of, drop, get_condition, get_schema
+from medisyn.conditions import Condition, condition_dropout, conditions_of, drop, get_condition, get_schema
 from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
 from medisyn.data.cache import build_latent_cache
 from medisyn.data.loading import ImageDataset, load_readable
@@ -57,6 +57,7 @@ class DiffusionTask(TrainingTask):
         self.config, self.options = config, config.task
         images, self._validation_images = load_splits(config)
         self._prior_images: ImageDataset | None = None
+        self._nulls: dict[str, Tensor] = {}  # of conditions with frozen encoders
         self._base_hash: str | None = None  # of the base of an adapter
         self._norms: dict[str, Tensor] = {}  # the base's values of what a norm adapter changes
         self.pipe = self._build_pipeline(images)
@@ -213,10 +214,19 @@ class DiffusionTask(TrainingTask):
         for condition in self.conditions:
             features = embeds[condition.kind]
             if keep is not None:
-                features = drop(features, condition.null(self.pipe, len(features)), keep[condition.kind])
+                features = drop(features, self._null(condition), keep[condition.kind])
             arguments[condition.embeds_name] = features
             batch_size = len(features)
         return self.pipe.unet_conditions(**arguments, batch_size=batch_size)
+
+    def _null(self, condition: Condition) -> Tensor:
+        """The null of a condition, (1, ...); that of a frozen encoder is computed once."""
+        if not condition.cacheable:
+            return condition.null(self.pipe, 1)
+        if condition.kind not in self._nulls:
+            with torch.no_grad():
+                self._nulls[condition.kind] = condition.null(self.pipe, 1)
+        return self._nulls[condition.kind]
 
     def _error(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Mean squared error of the UNet's prediction per item, (B,)."""
