@@ -256,7 +256,7 @@ def _adapter_samples(subject: "Subject", manifest: Mapping[str, Any], folder: Pa
         raise ValueError(
             f"no {SAMPLES} beside {MANIFEST}, and the base {manifest['base_model']!r} is not here to draw it"
         )
-    pipe = load_pipeline(None if place == "default" else place, adapter=subject.folder)
+    pipe = load_pipeline(place, adapter=subject.folder)
     pipe.set_progress_bar_config(disable=True)
     if "text" in pipe.kinds and manifest["captions"]:
         requests = [Request(prompt=caption) for caption in manifest["captions"][:SAMPLE_IMAGES]]

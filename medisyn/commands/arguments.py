@@ -99,7 +99,7 @@ def load_model(
 
     quiet_progress_bars()
     try:
-        pipe = load_pipeline(None if model == DEFAULT else model, adapters or None)
+        pipe = load_pipeline(model, adapters or None)
     except Exception as error:  # noqa: BLE001 - damaged files raise errors of every library in between
         names = [model_name(name) for name in (model, *(adapters or ()))]
         if isinstance(error, EXPECTED) and any(name in str(error) for name in names):
