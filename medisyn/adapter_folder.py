@@ -5,6 +5,7 @@
       norm_weights.safetensors           or differences of scale and shift of normalisation layers
       label_embedding.safetensors        columns of new label fields
       learned_embeds.safetensors         new words, textual-inversion format
+      decoder_lora_weights.safetensors   LoRA of the autoencoder's decoder (`medisyn.decoder_adapter`)
       adapter.json                       base model and its hash, conditions, schema, captions, data, numbers
       training_images.json               hashes of the training images
       README.md, samples.png             card and sample grid
@@ -30,6 +31,8 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 NORM_WEIGHTS = "norm_weights.safetensors"
 LABEL_WEIGHTS = "label_embedding.safetensors"
 WORD_WEIGHTS = "learned_embeds.safetensors"
+DECODER_WEIGHTS = "decoder_lora_weights.safetensors"
+WEIGHTS = (LORA_WEIGHTS, NORM_WEIGHTS, LABEL_WEIGHTS, WORD_WEIGHTS, DECODER_WEIGHTS)
 SAMPLES = "samples.png"
 FORMAT = 1
 MOST_CAPTIONS = 24
@@ -133,7 +136,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 def weights_hash(folder: str | Path) -> str:
     """Identity of an adapter: SHA-256 over its weight files, 12 hexadecimal digits."""
     digest = hashlib.sha256()
-    for name in (LORA_WEIGHTS, NORM_WEIGHTS, LABEL_WEIGHTS, WORD_WEIGHTS):
+    for name in WEIGHTS:
         file = Path(folder) / name
         if file.is_file():
             digest.update(f"{name} {file.stat().st_size}".encode())

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import extension
-from .adapter_folder import LABEL_WEIGHTS, LORA_WEIGHTS, NORM_WEIGHTS, WORD_WEIGHTS, write_manifest
+from .adapter_folder import NORM_WEIGHTS, WEIGHTS, write_manifest
 from .config import LoraConfig
+from .decoder_adapter import TRAINED, decoder_adapters, save_decoder_lora
 from .pipelines.medisyn_pipeline import MediSynPipeline
 
-TRAINED = "default"  # name of the adapter that is being trained
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -110,7 +110,7 @@ def save_adapter(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (LORA_WEIGHTS, NORM_WEIGHTS, LABEL_WEIGHTS, WORD_WEIGHTS):
+    for name in WEIGHTS:
         (folder / name).unlink(missing_ok=True)  # of an earlier run with other options
     if manifest["method"] == "norm":
         now = norm_parameters(pipe.unet)
@@ -129,6 +129,9 @@ def save_adapter(
                 # peft's own names: diffusers' older ones cover attention alone, and its loader takes no mixture
                 arguments[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(module, adapter_name=TRAINED)
                 arguments[f"{part}_lora_adapter_metadata"] = config.to_dict()  # without it alpha would become the rank
-        pipe.save_lora_weights(folder, **arguments)
+        if arguments:
+            pipe.save_lora_weights(folder, **arguments)
+    if TRAINED in decoder_adapters(pipe.vae):
+        save_decoder_lora(pipe.vae, folder)
     extension.save_extension(pipe, folder, TRAINED)
     write_manifest(folder, manifest)

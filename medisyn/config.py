@@ -22,9 +22,13 @@ from medisyn.config_parts import (
     STRICT,
     ConditionConfig,
     Count,
+    DecoderLoraConfig,
+    DinoTaskConfig,
     Fraction,
+    GuidedTaskConfig,
     ImageConditionConfig,
     LabelsConditionConfig,
+    LatentClassifierTaskConfig,
     LoraConfig,
     NonNegative,
     Positive,
@@ -70,6 +74,7 @@ class AutoencoderTaskConfig:
     preset: str | None = "mini"  # autoencoder of this preset, from scratch
     base: str | None = None  # or continue from a folder or Hub name (a pipeline or an autoencoder)
     train_encoder: bool = True  # False: the decoder alone; latents, and every model trained on them, stay valid
+    lora: DecoderLoraConfig | None = None  # an adapter of the decoder of `base`, a pipeline; all else is frozen
     # most noise on the latents that the decoder sees, on the diffusion model's scale: what it draws is never exact
     latent_noise: NonNegative = 0.0
     pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
@@ -82,6 +87,11 @@ class AutoencoderTaskConfig:
     adversarial_weight: NonNegative = 0.0  # 0: no discriminator
     adversarial_start: Count = 0  # first step of the adversarial phase
     discriminator_channels: Positive = 32
+    # class consistency: the decoder is tuned on a labelled set with the loss of an image classifier as well
+    class_weight: NonNegative = 0.0  # 0: no classifier
+    class_column: str = "finding"  # column with the class; "extra.x": key x of JSON extra
+    label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, that the set has
+    label_seed: int = 0  # chooses them
     scale_images: Positive = 1024  # images from which the latent scale is fitted at the end
 
 
@@ -125,7 +135,10 @@ class DiffusionTaskConfig:
             raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
 
 
-TaskConfig = Annotated[AutoencoderTaskConfig | DiffusionTaskConfig, Field(discriminator="type")]
+TaskConfig = Annotated[
+    AutoencoderTaskConfig | DiffusionTaskConfig | LatentClassifierTaskConfig | GuidedTaskConfig | DinoTaskConfig,
+    Field(discriminator="type"),
+]
 
 
 @dataclass(frozen=True)
@@ -193,12 +206,17 @@ class TrainConfig:
         task = self.task
         if isinstance(task, AutoencoderTaskConfig) and task.base is not None and task.pca_images:
             raise ValueError("task.pca_images would overwrite the encoder of task.base; set it to 0")
+        if isinstance(task, AutoencoderTaskConfig) and task.lora is not None and task.train_encoder:
+            raise ValueError("task.lora adapts the decoder; set task.train_encoder=false")
         if isinstance(task, AutoencoderTaskConfig) and not task.train_encoder and task.base is None:
             raise ValueError("task.train_encoder=false keeps the encoder of task.base; name one (preset: null)")
-        if (task.preset is None) == (task.base is None):
+        from_preset = isinstance(task, AutoencoderTaskConfig | DiffusionTaskConfig)
+        if from_preset and (task.preset is None) == (task.base is None):
             raise ValueError("task: name either `preset` (from scratch; base: null) or `base` (preset: null)")
-        if self.data.crop == "random" and task.type == "diffusion":
+        if self.data.crop == "random" and task.type in ("diffusion", "latent_classifier", "guided"):
             raise ValueError("data.crop=random does not go with cached latents; valid here: center, pad")
+        if isinstance(task, DinoTaskConfig):
+            self._check_dino(task)
         if isinstance(task, DiffusionTaskConfig):
             if task.zero_terminal_snr and task.prediction_type == "epsilon":
                 raise ValueError("task.zero_terminal_snr needs prediction_type v_prediction or sample, not epsilon")
@@ -225,6 +243,18 @@ class TrainConfig:
             kinds = [condition.type for condition in task.conditions]
             if len(set(kinds)) != len(kinds):
                 raise ValueError(f"task.conditions names a kind twice: {', '.join(kinds)}")
+
+    def _check_dino(self, task: DinoTaskConfig) -> None:
+        if self.data.crop != "center":
+            raise ValueError(f"data.crop={self.data.crop} does not go with task dino, which crops; valid here: center")
+        sizes = {"data.resolution": self.data.resolution, "task.global_crop_size": task.global_crop_size}
+        for name, size in (sizes | {"task.local_crop_size": task.local_crop_size}).items():
+            if task.base is None and size and size % task.patch_size:
+                raise ValueError(f"{name}={size} does not divide into patches of task.patch_size={task.patch_size}")
+        if self.train.ema_decay:
+            raise ValueError("train.ema_decay: the teacher of task dino is the average; set it to 0")
+        if self.train.validate_every and task.class_column is None:
+            raise ValueError("train.validate_every: the k-NN accuracy needs task.class_column")
 
 
 _ADAPTER = TypeAdapter(TrainConfig)
@@ -314,6 +344,9 @@ _SECTIONS: dict[str, type] = {
     "train": LoopConfig,
     "autoencoder": AutoencoderTaskConfig,
     "diffusion": DiffusionTaskConfig,
+    "latent_classifier": LatentClassifierTaskConfig,
+    "guided": GuidedTaskConfig,
+    "dino": DinoTaskConfig,
     "text": TextConditionConfig,
     "image": ImageConditionConfig,
     "labels": LabelsConditionConfig,

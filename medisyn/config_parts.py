@@ -1,4 +1,4 @@
-"""Parts of a training configuration that are sections of their own: conditions, LoRA, prior preservation.
+"""Parts of a training configuration that are sections of their own: conditions, LoRA, prior preservation, tasks.
 
 - See `medisyn.config`, which holds the whole and reads it.
 
@@ -43,6 +43,8 @@ class ImageConditionConfig:
     type: Literal["image"] = "image"
     encoder: str | None = None  # transformers name or folder, such as facebook/dinov2-base; None: that of `base`
     tokens: Literal["global", "patch"] = "global"  # patch tokens let a model copy its input
+    # most noise on the embeddings in training, as a share of a noise schedule; the UNet is told how much (unCLIP)
+    noise: Fraction = 0.0
     dropout: Fraction = 0.1
 
 
@@ -75,6 +77,19 @@ class LoraConfig:
     dropout: Fraction = 0.0
     text_encoder: bool = False  # adapt the text encoder as well
     text_encoder_target_modules: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    # run or adapter whose decoder LoRA becomes part of this adapter (task: autoencoder with lora)
+    decoder: str | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLoraConfig:
+    """Low-rank adapters on every layer of an autoencoder's decoder, by peft."""
+
+    __pydantic_config__ = STRICT
+    rank: Positive = 16
+    alpha: PositiveFloat | None = None  # the adapter is scaled by alpha / rank; None: the rank, a scale of 1
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023)
+    dropout: Fraction = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,3 +102,114 @@ class PriorConfig:
     caption_column: str | None = "caption"  # of `source`
     num_images: Positive = 256  # how many the base draws
     prompts: tuple[str, ...] = ()  # what it draws; empty: a sentence for each modality and finding of the vocabulary
+
+
+@dataclass(frozen=True)
+class LatentClassifierTaskConfig:
+    """Train a classifier of noised latents, on a small labelled set, for guidance."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["latent_classifier"] = "latent_classifier"
+    base: str = "default"  # the model to guide: folder, run folder, Hub name or "default"
+    class_column: str = "finding"  # column with the class; "extra.x": key x of JSON extra
+    classes: tuple[str, ...] = ()  # in order; empty: all that the labelled images have, in alphabetical order
+    label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, whose label is used
+    label_seed: int = 0  # chooses them
+    # start from the encoder half of the base's UNet, which has its shape then; or at random, in the shape below
+    initialize: Literal["base", "random"] = "base"
+    block_out_channels: tuple[Positive, ...] = (64, 128, 128)  # of a random start: channels at each resolution
+    layers_per_block: Positive = 1  # of a random start
+    dropout: Fraction = 0.1
+    label_smoothing: Fraction = 0.0
+    balance_classes: bool = True  # draw every class equally often
+    backbone_learning_rate: PositiveFloat | None = None  # of what comes from the base; None: optim.learning_rate
+    cache_dir: str | None = None  # latents; None: inside the run folder
+    cache_batch_size: Positive = 32
+
+
+@dataclass(frozen=True)
+class GuidedTaskConfig:
+    """Distil a teacher with classifier guidance into a class-conditional student."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["guided"] = "guided"
+    base: str = "default"  # the teacher: folder, run folder, Hub name or "default"
+    classifier: str = ""  # folder or run of a latent classifier; "": the one that `base` carries
+    method: Literal["full", "lora"] = "lora"  # what of the student's UNet is trained beside the label embedding
+    lora: LoraConfig | None = None  # options of method: lora
+    class_column: str = "finding"  # column with the class of the labelled images
+    label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, whose label is used
+    label_seed: int = 0  # chooses them; the same as the classifier's
+    unlabelled: str | tuple[str, ...] | None = None  # more images for the distillation, as in data.source
+    guidance_scale: NonNegative = 3.0  # of the classifier's gradient in the target
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # where it acts, in fractions of the timesteps
+    guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
+    distillation_weight: NonNegative = 1.0
+    data_weight: NonNegative = 1.0  # of the labelled images' own denoising loss
+    class_dropout: Fraction = 0.1  # probability of no class, where the target is the teacher as it is
+    labelled_share: Fraction = 0.25  # of the drawn images that have a label, each class as often; 1 if all have one
+    # share of the images without a label whose class is drawn uniformly; of the others by the classifier's posterior
+    uniform_classes: Fraction = 0.25
+    min_snr_gamma: NonNegative = 5.0  # 0: no weighting (Hang et al. 2023)
+    cache_dir: str | None = None  # latents; None: inside the run folder
+    cache_batch_size: Positive = 32
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method == "lora" and self.lora is None:
+            object.__setattr__(self, "lora", LoraConfig())
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
+
+
+@dataclass(frozen=True)
+class DinoTaskConfig:
+    """Train a vision transformer on images alone, by self-distillation (DINO, Caron et al. 2021)."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["dino"] = "dino"
+    base: str | None = None  # continue from this DINOv2 or DINOv3 (folder or Hub name); None: a new Dinov2Model
+    hidden_size: Positive = 128  # of a new encoder, as the next four
+    num_hidden_layers: Positive = 6
+    num_attention_heads: Positive = 4
+    mlp_ratio: Positive = 4
+    patch_size: Positive = 8  # pixels
+    # pixels; None: data.resolution, which the finished encoder sees. Smaller crops train faster, and a test at a
+    # larger size makes up for crops being magnified (Touvron et al. 2019)
+    global_crop_size: Positive | None = None
+    global_crop_scale: tuple[Fraction, Fraction] = (0.4, 1.0)  # share of the image's area
+    local_crop_scale: tuple[Fraction, Fraction] = (0.05, 0.4)
+    local_crop_size: Positive = 32  # pixels
+    local_crops: Count = 6  # beside the two global ones
+    vertical_flip: Fraction = 0.0  # probability; data.horizontal_flip mirrors half of the crops
+    rotation: Annotated[float, Field(ge=0.0, le=180.0)] = 0.0  # degrees, to either side; 0: crops stay upright
+    # weak by default: colour carries stain and skin. Brightness and contrast change by 0.8, saturation by 0.4 and hue
+    # by 0.2 of it at most, on 80 % of the crops
+    color_jitter: NonNegative = 0.25
+    grayscale: Fraction = 0.0  # probability
+    blur: Fraction = 0.1  # probability, standard deviation 0.1-1 pixel
+    head_hidden_size: Positive = 512
+    bottleneck_size: Positive = 128
+    prototypes: Positive = 2048  # outputs of the head
+    last_layer_frozen_steps: Count = 0  # first steps in which the prototypes stay as they are
+    teacher_momentum: Fraction = 0.99  # at the start; rises to 1 over the run, by a cosine
+    teacher_temperature: PositiveFloat = 0.04
+    warmup_teacher_temperature: PositiveFloat = 0.04  # of the first step; linear to teacher_temperature
+    temperature_warmup_steps: Count = 0
+    student_temperature: PositiveFloat = 0.1
+    center_momentum: Fraction = 0.9
+    koleo_weight: NonNegative = 0.0  # spreads the global tokens of a batch (Sablayrolles et al. 2019, as in DINOv2)
+    class_column: str | None = "finding"  # of validation and training rows, for the k-NN accuracy only
+    neighbours: Positive = 20
+    bank_images: Positive = 5000  # labelled training images among which neighbours are sought, at most
+
+    def __post_init__(self) -> None:
+        if self.base is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"task.hidden_size={self.hidden_size} does not divide into "
+                f"task.num_attention_heads={self.num_attention_heads}"
+            )
+        for name in ("global_crop_scale", "local_crop_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"task.{name}={low:g}, {high:g} is not smallest and largest share of the area")

@@ -38,6 +38,7 @@ from medisyn.prompts import choose
 
 __all__ = [
     "Adapters",
+    "base_name",
     "find_adapter",
     "is_hub_name",
     "load_autoencoder",
@@ -111,6 +112,15 @@ def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
     if not isinstance(vae, Autoencoder):
         raise ValueError(f"{name!r} holds a {type(vae).__name__}; valid are AutoencoderKL and AutoencoderDC")
     return vae
+
+
+def base_name(name_or_dir: str) -> str:
+    """How a base is named to others: "default", a Hub name, or a folder without the path to it."""
+    folder = Path(name_or_dir).expanduser()
+    if not folder.exists():
+        return name_or_dir
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
 def _model_folder(folder: Path) -> Path | None:
@@ -225,7 +235,7 @@ def load_plain_lora(pipe: MediSynPipeline, name_or_dir: str | Path, adapter_name
     before = low_rank_names(pipe)
     try:
         pipe.load_lora_weights(str(place), use_safetensors=True, adapter_name=adapter_name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"adapter {str(name_or_dir)!r} cannot be loaded: {first_line(error)}") from error
     new = low_rank_names(pipe) - before
     if not new:  # diffusers only warns when no key matches

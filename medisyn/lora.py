@@ -1,6 +1,7 @@
 """Adapters on a trained pipeline: load, mix, fuse, remove. How they are trained: `medisyn.adapter_training`.
 
-- A LoRA, or differences of normalisation weights; either may bring label fields and words (`medisyn.extension`).
+- A LoRA, or differences of normalisation weights; either may bring label fields and words (`medisyn.extension`) and a
+  LoRA of the decoder (`medisyn.decoder_adapter`).
 - It belongs to one base, by hash: on another one it is refused. Several mix by weight; `unload_adapters` gives the
   base back bit for bit, `fuse_adapters` makes the mixture the new base.
 
@@ -20,9 +21,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import extension
-from .adapter_folder import LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash
+from .adapter_folder import DECODER_WEIGHTS, LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash
 from .adapter_training import norm_parameters
 from .backbone import model_hash
+from .decoder_adapter import (
+    decoder_adapters,
+    fuse_decoder_adapters,
+    load_decoder_lora,
+    remove_decoder_adapters,
+    set_decoder_adapters,
+)
 from .generation.provenance import ADAPTERS, low_rank_hash
 from .loading import find_adapter, load_pipeline, load_plain_lora, low_rank_names
 from .pipelines.medisyn_pipeline import MediSynPipeline
@@ -110,15 +118,17 @@ def load_adapter(
         else:
             adapter = LoadedAdapter(manifest["method"], weight, weights_hash(folder), manifest)
             extension.load_extension(pipe, folder, manifest, name)
+            if (folder / DECODER_WEIGHTS).is_file():
+                load_decoder_lora(pipe.vae, folder / DECODER_WEIGHTS, name)
             if manifest["method"] == "norm":
                 adapter.differences = _read_differences(pipe, folder)
             elif (folder / LORA_WEIGHTS).is_file():
                 pipe.load_lora_weights(str(folder / LORA_WEIGHTS), adapter_name=name, use_safetensors=True)
                 if name not in low_rank_names(pipe):  # diffusers only warns when no key matches
                     raise ValueError(f"{folder / LORA_WEIGHTS} has no weights named 'unet.' or 'text_encoder.'")
-            else:
+            elif name not in decoder_adapters(pipe.vae):
                 raise FileNotFoundError(f"{folder} has no {LORA_WEIGHTS}")
-    except (RuntimeError, SafetensorError) as error:
+    except (TypeError, RuntimeError, SafetensorError) as error:  # TypeError: metadata that peft does not know
         _remove_parts(pipe, name)
         raise ValueError(
             f"adapter {str(name_or_dir)!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
@@ -157,12 +167,14 @@ def set_adapters(
         adapter.weight = chosen.get(name, 0.0)
         extension.scale_extension(pipe, name, adapter.weight)
     # without those of weight 0, since DoRA's magnitude does not scale
-    low_rank = [name for name, weight in chosen.items() if adapters[name].method != "norm" and weight]
+    present = low_rank_names(pipe)
+    low_rank = [name for name, weight in chosen.items() if name in present and weight]
     if low_rank:
         pipe.enable_lora()
         pipe.set_adapters(low_rank, [chosen[name] for name in low_rank])
-    elif any(adapter.method != "norm" for adapter in adapters.values()):
+    elif present:
         pipe.disable_lora()
+    set_decoder_adapters(pipe.vae, chosen)
     _mix_norms(pipe)
 
 
@@ -171,8 +183,9 @@ def unload_adapters(pipe: MediSynPipeline) -> None:
     state: _State | None = getattr(pipe, ADAPTERS, None)
     if state is None:
         return
-    if any(adapter.method != "norm" for adapter in state.adapters.values()):
+    if low_rank_names(pipe):
         pipe.unload_lora_weights()
+    remove_decoder_adapters(pipe.vae)
     parameters = dict(pipe.unet.named_parameters())
     for name, value in state.originals.items():
         parameters[name].data.copy_(value)
@@ -185,14 +198,16 @@ def fuse_adapters(pipe: MediSynPipeline) -> None:
     state: _State | None = getattr(pipe, ADAPTERS, None)
     if state is None:
         return
-    active = [name for name, adapter in state.adapters.items() if adapter.method != "norm" and adapter.weight]
-    if any(adapter.method != "norm" for adapter in state.adapters.values()):
+    present = low_rank_names(pipe)
+    active = [name for name, adapter in state.adapters.items() if name in present and adapter.weight]
+    if present:
         if active:
             components = [
                 part for part in ("unet", "text_encoder") if getattr(getattr(pipe, part), "peft_config", None)
             ]
             pipe.fuse_lora(components=components, adapter_names=active)
         pipe.unload_lora_weights()
+    fuse_decoder_adapters(pipe.vae, {name: adapter.weight for name, adapter in state.adapters.items()})
     extension.fuse_extensions(pipe)
     delattr(pipe, ADAPTERS)
 
@@ -200,11 +215,12 @@ def fuse_adapters(pipe: MediSynPipeline) -> None:
 def _remove_parts(pipe: MediSynPipeline, name: str) -> None:
     """Take off what was loaded of an adapter before its loading failed."""
     extension.remove_extension(pipe, name)
-    others = [each for each, adapter in loaded_adapters(pipe).items() if adapter.method != "norm"]
-    if others:
-        if name in low_rank_names(pipe):
+    remove_decoder_adapters(pipe.vae, name)
+    present = low_rank_names(pipe)
+    if present - {name}:
+        if name in present:
             pipe.delete_adapters(name)
-    else:
+    elif present:
         pipe.unload_lora_weights()
 
 

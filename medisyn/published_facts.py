@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .adapter_folder import LORA_WEIGHTS, MANIFEST, SAMPLES, read_manifest, weights_hash, write_manifest
+from .adapter_folder import (
+    DECODER_WEIGHTS,
+    LORA_WEIGHTS,
+    MANIFEST,
+    SAMPLES,
+    read_manifest,
+    weights_hash,
+    write_manifest,
+)
 from .cards import CardFacts, metrics_of_report
 from .cleaning import without_paths
 from .hub import is_hub_name
@@ -193,6 +201,7 @@ def _require_own_report(subject: "Subject", manifest: Mapping[str, Any], report:
 def _stock_adapter(subject: "Subject", manifest: Mapping[str, Any], repo_id: str, call: str) -> str:
     """Stock code, where the adapter is a LoRA alone and its base is a model of the Hub."""
     more = manifest["label_schema"] or manifest["tokens"] or manifest["method"] != "lora"
+    more = more or (subject.folder / DECODER_WEIGHTS).is_file()
     if more or not is_hub_name(manifest["base_model"]) or not (subject.folder / LORA_WEIGHTS).is_file():
         return ""
     load = f'pipe = DiffusionPipeline.from_pretrained("{manifest["base_model"]}")'

@@ -49,7 +49,7 @@ def find_training_record(name_or_dir: str | Path) -> dict[str, Any] | None:
 
         cached = try_to_load_from_cache(str(name_or_dir), TRAINING_RECORD)
         return read_training_record(Path(cached).parent) if isinstance(cached, str) else None
-    places = (folder, folder / "pipeline", folder / "vae")
+    places = (folder, folder / "pipeline", folder / "vae", folder / "adapter")
     return next((record for place in places if (record := read_training_record(place)) is not None), None)
 
 

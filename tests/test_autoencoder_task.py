@@ -11,6 +11,7 @@ from medisyn.autoencoders import fit_latent_scale, initialize_from_pca
 from medisyn.backbone import create_autoencoder, load_autoencoder
 from medisyn.perceptual import ShiftTolerantLPIPS, _MeanLPIPS, build_perceptual
 from medisyn.tasks.autoencoder import AutoencoderTask
+from medisyn.tasks.judges import adversarial_losses
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
 from tests.components import tiny_vae
@@ -155,7 +156,7 @@ def test_the_discriminator_and_the_autoencoder_do_not_train_each_other(folder):
     )
     task = AutoencoderTask(config)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-    losses = task._adversarial(images, task.vae(images).sample)
+    losses = adversarial_losses(task.discriminator, images, task.vae(images).sample)
     losses["discriminator"].backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in task.vae.parameters())
     task.zero_grad()

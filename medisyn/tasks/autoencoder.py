@@ -1,14 +1,15 @@
-"""Autoencoder training: L1 + perceptual + KL, and a patch discriminator late in the run on request.
+"""Autoencoder training: L1 + perceptual + KL, on request a patch discriminator and an image classifier.
 
 - Any stock autoencoder: `AutoencoderKL` (sampled code, KL term) or the deterministic `AutoencoderDC`.
-- One optimizer and one backward for both players: the discriminator's own loss sees detached images, and the
-  autoencoder's adversarial loss sees detached discriminator weights.
+- The decoder alone can be tuned (latents stay valid), or a LoRA of it (an adapter, `medisyn.decoder_adapter`), with
+  the loss of an image classifier on a small labelled set beside the others (`medisyn.tasks.judges`).
 - At the end the latent scale is fitted and written (`medisyn.autoencoders.fit_latent_scale`).
 
     medisyn train scripts/embedded_default/autoencoder.yaml
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,24 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from medisyn.autoencoders import fit_latent_scale, initialize_from_pca
-from medisyn.backbone import create_autoencoder, load_autoencoder
+from medisyn.adapter_folder import make_manifest
+from medisyn.adapter_training import save_adapter
+from medisyn.autoencoders import Autoencoder, fit_latent_scale, initialize_from_pca
+from medisyn.backbone import create_autoencoder, load_autoencoder, load_pipeline, model_hash
 from medisyn.config import AutoencoderTaskConfig, TrainConfig
 from medisyn.data.preprocessing import Preprocessor
-from medisyn.losses import discriminator_hinge_loss, kl_to_standard_normal, peak_signal_to_noise_ratio
+from medisyn.data.subsets import class_names, stratified_subset
+from medisyn.decoder_adapter import add_decoder_lora
+from medisyn.loading import base_name
+from medisyn.losses import kl_to_standard_normal, peak_signal_to_noise_ratio
 from medisyn.perceptual import build_perceptual
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.tasks.judges import ClassConsistency, adversarial_losses, patch_discriminator
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
+
+logger = logging.getLogger(__name__)
+
+MOST_PSNR_LOST = 0.5  # dB that class consistency may cost
 
 # streams of an item's seed; the posterior's noise is stream 0
 _DISTURBANCE, _STRENGTH = 1, 2
@@ -41,6 +52,8 @@ class AutoencoderTask(TrainingTask):
             raise ValueError(f"task.type={config.task.type!r} given to the autoencoder task")
         self.config, self.options = config, config.task
         self.images, self.validation_images = load_splits(config)
+        if self.options.class_weight:
+            self._choose_labelled()
         if config.data.balance_columns:
             self.row_weights = self.images.sampling_weights()
         self.preprocess = Preprocessor.from_config(config.data)
@@ -49,9 +62,14 @@ class AutoencoderTask(TrainingTask):
         )
         if self.options.preset is not None:
             self.vae = create_autoencoder(self.options.preset)
+        elif self.options.lora is not None:
+            self._base = load_pipeline(self.options.base)
+            self._base_hash = model_hash(self._base)
+            self.vae = self._base.vae
+            add_decoder_lora(self.vae, self.options.lora)
         else:
             self.vae = load_autoencoder(self.options.base)
-        if not self.options.train_encoder:
+        if not self.options.train_encoder and self.options.lora is None:
             self.vae.requires_grad_(False)
             self.vae.decoder.requires_grad_(True)
         if self.options.pca_images:
@@ -59,18 +77,30 @@ class AutoencoderTask(TrainingTask):
         self.discriminator = None
         if self.options.adversarial_weight:
             self.discriminator = patch_discriminator(self.options.discriminator_channels)
+        self.consistency = ClassConsistency(len(self.classes)) if self.options.class_weight else None
         perceptual = build_perceptual(self.options.perceptual, self.options.perceptual_weights)
         self._frozen = (perceptual,)  # a tuple keeps it out of the module registry: neither trained nor saved
+
+    def _choose_labelled(self) -> None:
+        """Keep the labelled set: the same rows as a classifier with the same fraction and seed."""
+        options, group_column = self.options, self.config.data.group_column
+        names = self.images.column(options.class_column)
+        groups = self.images.column(group_column) if group_column is not None else None
+        self.images = self.images.select(stratified_subset(names, groups, options.label_fraction, options.label_seed))
+        names = self.images.column(options.class_column)
+        self.classes = class_names(names)
+        self.targets = [self.classes.index(str(name)) for name in names]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
-        """A crop, perhaps mirrored, (3, h, w) in [-1, 1]."""
-        return {"images": self.preprocess(self.images.image(row), rng)}
+        """A crop, perhaps mirrored, (3, h, w) in [-1, 1]; with class consistency, its class."""
+        sample = {"images": self.preprocess(self.images.image(row), rng)}
+        return sample | {"class": self.targets[row]} if self.consistency is not None else sample
 
     def averaged_parameters(self) -> Iterable[nn.Parameter]:
-        """Those of the autoencoder that are trained, not of the discriminator."""
+        """Those of the autoencoder that are trained, not of the discriminator and the classifier."""
         return [parameter for parameter in self.vae.parameters() if parameter.requires_grad]
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -95,9 +125,12 @@ class AutoencoderTask(TrainingTask):
             losses["perceptual"] = perceptual.to(images.device)(reconstruction, images)
             total = total + options.perceptual_weight * losses["perceptual"]
         if self.discriminator is not None:
-            losses |= self._adversarial(images, reconstruction)
+            losses |= adversarial_losses(self.discriminator, images, reconstruction)
             weight = options.adversarial_weight if step >= options.adversarial_start else 0.0
             total = total + weight * losses["generator"] + losses["discriminator"]
+        if self.consistency is not None:
+            losses |= self.consistency(images, reconstruction, batch["class"])
+            total = total + options.class_weight * losses["consistency"] + losses["classifier"]
         return {"loss": total} | {name: value.detach() for name, value in losses.items()}
 
     def _disturbed(self, latents: Tensor, seeds: Tensor) -> Tensor:
@@ -108,19 +141,12 @@ class AutoencoderTask(TrainingTask):
         noise = strength * seeded_normal(seeds, latents.shape[1:], _DISTURBANCE) / self.vae.config.scaling_factor
         return latents + noise.to(latents)
 
-    def _adversarial(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        frozen = {name: tensor.detach() for name, tensor in self.discriminator.state_dict(keep_vars=True).items()}
-        judged = torch.func.functional_call(self.discriminator, frozen, (reconstruction,))
-        return {
-            "generator": -judged.float().mean(),
-            "discriminator": discriminator_hinge_loss(
-                self.discriminator(images).float(), self.discriminator(reconstruction.detach()).float()
-            ),
-        }
-
     @torch.no_grad()
     def validate(self, count: int) -> dict[str, float]:
-        """PSNR in dB, mean over images, and the perceptual distance, on whole images."""
+        """PSNR in dB, mean over images, and the perceptual distance, on whole images.
+
+        With class consistency, the change of the PSNR from that of `base`, in dB.
+        """
         images = self._stack(self.validation_images, self._spread(self.validation_images, count))
         reconstruction = self._reconstruct(images)
         (perceptual,) = self._frozen
@@ -129,6 +155,16 @@ class AutoencoderTask(TrainingTask):
             device = next(self.vae.parameters()).device
             parts = zip(reconstruction.split(32), images.split(32), strict=True)
             metrics["perceptual"] = float(np.mean([perceptual(a.to(device), b.to(device)).item() for a, b in parts]))
+        if self.consistency is not None and self.options.base is not None:
+            start = load_autoencoder(self.options.base).to(next(self.vae.parameters()).device)
+            before = peak_signal_to_noise_ratio(self._reconstruct(images, start), images).mean().item()
+            metrics["psnr_change"] = metrics["psnr"] - before
+            if metrics["psnr_change"] < -MOST_PSNR_LOST:
+                logger.warning(
+                    "reconstruction fell by %.2f dB, more than %.1f: lower task.class_weight or the learning rate",
+                    -metrics["psnr_change"],
+                    MOST_PSNR_LOST,
+                )
         return metrics
 
     @torch.no_grad()
@@ -141,7 +177,10 @@ class AutoencoderTask(TrainingTask):
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Write `vae/` (stock component); where the encoder was trained, its latent scale is fitted first."""
+        """Write `vae/` (stock component), or `adapter/`; where the encoder was trained, its scale is fitted first."""
+        if self.options.lora is not None:
+            self._export_adapter(folder / "adapter")
+            return
         if self.options.train_encoder:
             images = self._stack(self.images, self._spread(self.images, self.options.scale_images))
             report = fit_latent_scale(self.vae, torch.cat([self._encode(part) for part in images.split(32)]))
@@ -152,13 +191,30 @@ class AutoencoderTask(TrainingTask):
             folder / "vae", merge_training_records(image_record(self.images), *([base] if base else []))
         )
 
-    def _encode(self, images: Tensor) -> Tensor:
-        images = images.to(next(self.vae.parameters()).device)
-        encoded = self.vae.encode(images)
-        return encoded.latent_dist.mean if isinstance(self.vae, AutoencoderKL) else encoded.latent
+    def _export_adapter(self, folder: Path) -> None:
+        own, lora = image_record(self.images), self.options.lora
+        manifest = make_manifest(
+            Path(self.config.output_dir).resolve().name,
+            "lora",
+            base_name(self.options.base),
+            self._base_hash,
+            self._base.kinds,
+            rank=lora.rank,
+            alpha=lora.alpha or lora.rank,
+            captions=self.images.captions,
+            training_data=own["datasets"],
+        )
+        save_adapter(self._base, folder, manifest)
+        write_training_record(folder, own)
 
-    def _reconstruct(self, images: Tensor) -> Tensor:
-        return torch.cat([self.vae.decode(self._encode(part)).sample.float().cpu() for part in images.split(32)])
+    def _encode(self, images: Tensor, vae: Autoencoder | None = None) -> Tensor:
+        vae = vae or self.vae
+        encoded = vae.encode(images.to(next(vae.parameters()).device))
+        return encoded.latent_dist.mean if isinstance(vae, AutoencoderKL) else encoded.latent
+
+    def _reconstruct(self, images: Tensor, vae: Autoencoder | None = None) -> Tensor:
+        vae = vae or self.vae
+        return torch.cat([vae.decode(self._encode(part, vae)).sample.float().cpu() for part in images.split(32)])
 
     def _stack(self, source, rows: list[int]) -> Tensor:
         return torch.stack([self.preprocess_whole(source.image(row)) for row in rows])
@@ -167,12 +223,3 @@ class AutoencoderTask(TrainingTask):
     def _spread(source, count: int) -> list[int]:
         """`count` rows spread evenly over the data (all rows where there are fewer)."""
         return np.linspace(0, len(source) - 1, min(count, len(source))).astype(int).tolist()
-
-
-def patch_discriminator(channels: int) -> nn.Sequential:
-    """A PatchGAN (Isola et al. 2017, section 3.2.2): (B, 3, H, W) -> logits (B, 1, H/8, W/8), normalised by groups."""
-    layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-    for width in (channels, 2 * channels):
-        layers += [nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False)]
-        layers += [nn.GroupNorm(8, 2 * width), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Conv2d(4 * channels, 1, 3, padding=1))

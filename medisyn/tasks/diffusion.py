@@ -28,10 +28,13 @@ from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter
 from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline, model_hash
 from medisyn.conditions import Condition, condition_dropout, conditions_of, drop, get_condition, get_schema
+from medisyn.conditions.image import fit_noise, noise_embeds
 from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
 from medisyn.data.cache import build_latent_cache
 from medisyn.data.loading import ImageDataset, load_readable
 from medisyn.data.preprocessing import Preprocessor
+from medisyn.decoder_adapter import find_decoder_lora, load_decoder_lora
+from medisyn.loading import base_name
 from medisyn.losses import diffusion_target, min_snr_weights
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
@@ -92,6 +95,7 @@ class DiffusionTask(TrainingTask):
             self.data = MixedImages([self.data, prior])
             self.row_weights = mixing_weights([self.row_weights, np.ones(len(prior))], self.options.prior.fraction)
             self._may_flip = np.concatenate([self._may_flip, np.zeros(len(prior), dtype=bool)])
+        fit_noise(self.pipe, self.data)
         self._validation: CachedImages | None = None
 
     def _build_pipeline(self, images: ImageDataset) -> MediSynPipeline:
@@ -142,6 +146,8 @@ class DiffusionTask(TrainingTask):
             if condition.type not in base.kinds:
                 raise ValueError(f"the base has no {condition.type} condition, and an adapter cannot add one")
         prepare_adapter(base, options.method, options.lora)
+        if options.lora is not None and options.lora.decoder is not None:
+            load_decoder_lora(base.vae, find_decoder_lora(options.lora.decoder, self._base_hash), TRAINED)
         if options.method == "norm":
             self._norms = {name: value.detach().clone() for name, value in norm_parameters(base.unet).items()}
         for parameter in extension.extension_parameters(base, TRAINED).values():
@@ -179,7 +185,7 @@ class DiffusionTask(TrainingTask):
         timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long().to(latents.device)
         keep = condition_dropout(self.dropout, uniforms[:, 1:], self.options.joint_dropout)
         embeds = self._embeds(self.data, batch["row"].tolist(), batch["flip"].tolist())
-        conditions = self._unet_conditions(embeds, keep, len(latents))
+        conditions = self._unet_conditions(noise_embeds(self.pipe, embeds, seeds), keep, len(latents))
         error = self._error(latents, noise, timesteps, conditions)
         snr, prediction_type = compute_snr(self.noising, timesteps), self.noising.config.prediction_type
         loss = (error * min_snr_weights(snr, self.options.min_snr_gamma, prediction_type)).mean()
@@ -279,11 +285,14 @@ class DiffusionTask(TrainingTask):
         own = image_record(self.images)
         if self._prior_images is not None and self.options.prior.source is not None:
             own = merge_training_records(own, image_record(self._prior_images))
+        lora = self.options.lora
+        if lora is not None and lora.decoder is not None:
+            decoder = find_training_record(lora.decoder)
+            own = merge_training_records(own, *([decoder] if decoder else []))
         if not self.options.adapts:
             self.pipe.save_pretrained(folder / "pipeline")
             write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))
             return
-        lora = self.options.lora
         added = extension.added(self.pipe, TRAINED)
         manifest = make_manifest(
             Path(self.config.output_dir).resolve().name,
@@ -300,12 +309,3 @@ class DiffusionTask(TrainingTask):
         )
         save_adapter(self.pipe, folder / "adapter", manifest, self._norms)
         write_training_record(folder / "adapter", own)
-
-
-def base_name(name_or_dir: str) -> str:
-    """How a base is named to others: "default", a Hub name, or a folder without the path to it."""
-    folder = Path(name_or_dir).expanduser()
-    if not folder.exists():
-        return name_or_dir
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "pipeline" else folder.name
