@@ -198,7 +198,8 @@ def create_autoencoder(preset: str = "mini") -> Autoencoder:
 
 
 def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
-    return {name: pipe.config[name] for name in ("label_schema", "image_tokens", "conditions")}
+    names = ("label_schema", "image_tokens", "conditions", "image_noise")
+    return {name: pipe.config[name] for name in names if name in pipe.config}
 
 
 def _condition(condition: Condition | str, width: int, start: MediSynPipeline | None = None) -> Condition:
@@ -227,7 +228,9 @@ def model_hash(pipe: MediSynPipeline) -> str:
         return adapted.base_hash
     scale = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     digest = hashlib.blake2b(digest_size=6)
-    digest.update(json.dumps([scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]).encode())
+    facts = [scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]
+    facts += [pipe.config[name] for name in ("image_noise",) if name in pipe.config]  # others keep their old hash
+    digest.update(json.dumps(facts).encode())
     for component in ("vae", "unet", "text_encoder", "image_encoder"):
         module = getattr(pipe, component)
         weights = {} if module is None else module.state_dict()

@@ -15,6 +15,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -56,7 +57,8 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         pipe.register_modules(unet=unet.train(old.training))
 
     components = dict.fromkeys(pipe._optional_components)
-    settings = {"label_schema": None, "image_tokens": "global"}
+    settings: dict[str, Any] = {"label_schema": None, "image_tokens": "global"}
+    settings |= {"image_noise": None} if pipe.config.get("image_noise") else {}
     for condition in conditions:
         for name, value in condition.components().items():
             (components if name in components else settings)[name] = value

@@ -8,6 +8,8 @@
   layer holds a projection for each kind.
 - Every kind has a null (the empty prompt, zeros, zeros). Guidance leads away from it, with one weight or one per kind.
 - Training uses the same `encode_*`, `unet_conditions`, `encode_latents` and `scale_latents` as sampling.
+- A latent classifier, where there is one, guides by the gradient of log p(class | noised latent); its file is
+  `classifier/medisyn_latent_classifier.py`.
 
     pipe = MediSynPipeline.from_pretrained("folder-or-hub-name")
     pipe("a chest X-ray, pneumonia", generator=torch.Generator().manual_seed(0)).images[0].save("image.png")
@@ -19,6 +21,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,9 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.schedulers import DDPMScheduler, KarrasDiffusionSchedulers
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -51,6 +55,7 @@ logger = logging.get_logger(__name__)
 
 EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds", "labels": "label_embeds"}
 KINDS = tuple(EMBEDS_NAMES)
+NOISE_CHANNELS = 16  # of the noise level, behind the features of an image token
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | Tensor
 
 
@@ -155,15 +160,18 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         feature_extractor: its image processor.
         label_schema: see `label_vector`.
         image_tokens: "global" (one token) or "patch" (all patch tokens).
+        image_noise: see `noise_image_embeds`; the highest "level" in training, "mean" and "std" of the channels.
         conditions: the kinds that the UNet was built for, such as "text+labels"; by default those of the components. A
             model saved without its encoders keeps it and takes `prompt_embeds` and `image_embeds`.
+        classifier: `MediSynLatentClassifier` of the noised latents, for `class_label`.
 
     Raises:
         ValueError: an unknown kind in `image_tokens` or `conditions`.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
-    _optional_components = ["text_encoder", "tokenizer", "image_encoder", "feature_extractor"]
+    _optional_components = ["text_encoder", "tokenizer", "image_encoder", "feature_extractor", "classifier"]
+    _exclude_from_cpu_offload = ["classifier"]  # it works beside the UNet in every step
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -178,6 +186,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         label_schema: dict | None = None,
         image_tokens: str = "global",
         conditions: str | None = None,
+        classifier: torch.nn.Module | None = None,
+        image_noise: dict | None = None,
     ) -> None:
         """Register the components; see the class."""
         super().__init__()
@@ -194,12 +204,14 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             for encoder in (text_encoder, image_encoder):
                 if encoder is not None:
                     encoder.to(torch.float32)
-        for module in (vae, unet, text_encoder, image_encoder):
+        for module in (vae, unet, text_encoder, image_encoder, classifier):
             if module is not None:
                 _align_weights(module)
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor)
+        self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor, classifier=classifier)
         self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
+        if image_noise is not None:  # not written for models without it
+            self.register_to_config(image_noise=image_noise)
         self.vae_scale_factor = 8
         if vae is not None:
             channels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
@@ -277,6 +289,25 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         pooled = output.get("pooler_output")
         return (output.last_hidden_state[:, 0] if pooled is None else pooled)[:, None]
 
+    def noise_image_embeds(self, image_embeds: Tensor, level: float | Tensor = 0.0, noise=None) -> Tensor:
+        """Image tokens (B, T, width) with `noise` of a level in [0, 1], one or (B,), and the level's sinusoids behind.
+
+        The recipe of stable unCLIP: normalise, add noise by the cosine schedule, scale back, append the level. Nulls
+        stay zeros; tokens that have their level, and those of a model without `image_noise`, are returned as they are.
+        """
+        settings = self.config.get("image_noise")
+        if settings is None or image_embeds.shape[-1] == self.embeds_width("image"):
+            return image_embeds
+        present = (image_embeds != 0).any(dim=-1, keepdim=True)
+        steps = (torch.as_tensor(level, device=image_embeds.device) * 999).round().long().expand(len(image_embeds))
+        if noise is not None:
+            mean, std = (torch.tensor(settings[name]).to(image_embeds) for name in ("mean", "std"))
+            schedule = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+            noised = schedule.add_noise((image_embeds - mean) / std, noise, steps) * std + mean
+            image_embeds = torch.where(present & (steps > 0)[:, None, None], noised, image_embeds)
+        channels = get_timestep_embedding(steps, NOISE_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return torch.cat([image_embeds, channels[:, None].to(image_embeds) * present], dim=-1)
+
     def encode_labels(self, labels: Mapping | str | None | Sequence[Mapping | str | None] | Tensor) -> Tensor:
         """Label vectors (B, K) float, see `label_vector`; a tensor (B, K) is passed through."""
         if isinstance(labels, Tensor):
@@ -310,7 +341,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         encoders = {"text": self.text_encoder, "image": self.image_encoder}
         if encoders[kind] is not None:
             config = encoders[kind].config
-            return config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+            width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+            return width + (NOISE_CHANNELS if kind == "image" and self.config.get("image_noise") else 0)
         entrance = self.unet.config.encoder_hid_dim or self.unet.config.cross_attention_dim
         others = [other for other in self.kinds if other in encoders and other != kind]
         if kind not in self.kinds or any(encoders[other] is None for other in others):
@@ -360,6 +392,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             width = self.unet.config.encoder_hid_dim - given["text"].shape[-1]
             given["image"] = given["text"].new_zeros(batch_size, 1, width)
         embeds = {kind: given[kind] if kind in given else self.null_embeds(kind, batch_size) for kind in kinds}
+        if "image" in embeds:
+            embeds["image"] = self.noise_image_embeds(embeds["image"])
         embeds = {kind: value.to(self.unet.device, self.unet.dtype) for kind, value in embeds.items()}
 
         conditions = {}
@@ -436,6 +470,25 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             if name in given and twin in given:
                 raise ValueError(f"both {name} and {twin} are given; pass one of them")
 
+    def check_classifier(self, label, scale, interval, clip, classifier: Any) -> Tensor:
+        """The index of each `class_label`, (B,), -1 for none. Raises a ValueError that names what is valid."""
+        if classifier is None:
+            raise ValueError(
+                "class_label needs a classifier, which this model does not carry; train one (task latent_classifier) "
+                "and attach it, or pass `classifier`"
+            )
+        indices = classifier.class_indices(label)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise ValueError(f"classifier_guidance_scale must be a finite number, not {scale!r}")
+        if len(interval) != 2 or not 0.0 <= interval[0] <= interval[1] <= 1.0:
+            raise ValueError(
+                f"classifier_guidance_interval must be (low, high) with 0 <= low <= high <= 1, not {interval!r}"
+            )
+        if clip is not None and (not isinstance(clip, (int, float)) or not clip > 0):
+            raise ValueError(f"classifier_guidance_clip must be above 0, or None, not {clip!r}")
+        classifier.check_latents(self)
+        return indices
+
     def check_inputs(
         self, steps, scale, interval, num_images, height, width, generator, init_image, strength, output_type, tensors
     ) -> None:
@@ -489,6 +542,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             elif given[EMBEDS_NAMES[kind]] is not None:
                 embeds[kind] = given[EMBEDS_NAMES[kind]]
                 width = self.embeds_width(kind) or embeds[kind].shape[-1]
+                if kind == "image" and self.config.get("image_noise"):
+                    width -= NOISE_CHANNELS  # the level follows
                 if embeds[kind].shape[-1] != width:
                     wrong = embeds[kind].shape[-1]
                     raise ValueError(f"{EMBEDS_NAMES[kind]} have the width {wrong}; this model's is {width}")
@@ -517,12 +572,15 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         all kinds is classifier-free guidance (Ho & Salimans 2022, eq. 6) with two predictions, and weights of 1 need
         only e_n. Outside `interval` all weights are 1 (Kynkäänniemi et al. 2024, section 3.1).
         """
-        low, high = interval
-        time = float(t) / self.scheduler.config.num_train_timesteps
-        active = (low == 0.0 or low <= time) and (high == 1.0 or time <= high)  # some schedulers leave the range 0..1
-        scale = self._guidance_scale if active else 1.0
+        scale = self._guidance_scale if self._is_within(t, interval) else 1.0
         weights = [1.0] + [scale.get(kind, 1.0) if isinstance(scale, Mapping) else scale for kind in kinds]
         return [(i, w) for i, w in enumerate(weights) if i == len(kinds) or w != weights[i + 1]]
+
+    def _is_within(self, t: Tensor, interval: tuple[float, float]) -> bool:
+        """Whether timestep t lies in an interval of fractions of the training timesteps."""
+        low, high = interval
+        time = float(t) / self.scheduler.config.num_train_timesteps
+        return (low == 0.0 or low <= time) and (high == 1.0 or time <= high)  # some schedulers leave the range 0..1
 
     def _stage_conditions(self, stages, embeds: Mapping[str, Tensor], nulls, count: int) -> dict[str, Tensor]:
         """`unet_conditions` of the stages of guidance, one after the other along the batch."""
@@ -532,6 +590,22 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             chosen = {EMBEDS_NAMES[kind]: value for kind, value in chosen.items()}
             parts.append(self.unet_conditions(**chosen, batch_size=count))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _predict(
+        self, sample: Tensor, t: Tensor, weights: Sequence[float], conditions: Mapping, cross_attention_kwargs
+    ) -> Tensor:
+        """What the UNet says about noised latents, its stages of guidance combined; differentiable."""
+        predictions = self.unet(
+            torch.cat([sample] * len(weights)).to(self.unet.dtype),
+            t,
+            **conditions,
+            cross_attention_kwargs=cross_attention_kwargs,
+            return_dict=False,
+        )[0].chunk(len(weights))
+        prediction = predictions[0]
+        for weight, before, after in zip(weights[1:], predictions[:-1], predictions[1:], strict=True):
+            prediction = prediction + weight * (after - before)
+        return prediction
 
     def prepare_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
         """The timesteps to run through, the last part of the schedule by `strength`, and how many steps they make."""
@@ -581,6 +655,12 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         negative_prompt_embeds: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        class_label: str | Sequence[str | None] | None = None,
+        classifier_guidance_scale: float = 3.0,
+        classifier_guidance_interval: tuple[float, float] = (0.0, 1.0),
+        classifier_guidance_clip: float | None = 1.0,
+        classifier: Any | None = None,
+        image_noise_level: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Generate images. A kind of condition that is left out is at its null; one value serves a whole batch.
 
@@ -608,6 +688,13 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             callback_on_step_end_tensor_inputs: what the callback gets, some of `_callback_tensor_inputs`.
             negative_prompt_embeds: (1 or B, T, text_width) in place of `negative_prompt`.
             cross_attention_kwargs: for the UNet's attention, such as `{"scale": 0.5}` for the weight of a LoRA.
+            class_label: class of the classifier to lead to; one, or one for each element of the batch (None: none).
+            classifier_guidance_scale: weight of the gradient of log p(class | noised latent), which is added to the
+                result of the other guidance: samples follow p(image) p(class | image) ** scale.
+            classifier_guidance_interval: where that is on, in fractions of the training timesteps.
+            classifier_guidance_clip: the root mean square by which it may move a predicted clean latent; None: any.
+            classifier: in place of the model's own, such as a `medisyn.guidance.CleanClassifier`.
+            image_noise_level: noise on the image embeddings, up to what the model was trained with: more variety.
 
         Raises:
             ValueError: an argument that this model cannot use; the message names the valid ones.
@@ -624,7 +711,13 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         others = (generator, init_image, strength, output_type, callback_on_step_end_tensor_inputs)
         self.check_conditions(given)
         self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, *counts, *others)
+        most = (self.config.get("image_noise") or {"level": 0.0})["level"]
+        if not 0.0 <= image_noise_level <= most:
+            raise ValueError(f"image_noise_level must be in 0..{most} for this model, not {image_noise_level!r}")
         self._guidance_scale = guidance_scale
+        classifier = self.classifier if classifier is None else classifier
+        guidance = (classifier_guidance_scale, classifier_guidance_interval, classifier_guidance_clip)
+        classes = None if class_label is None else self.check_classifier(class_label, *guidance, classifier)
 
         # 2. encode: embeddings and nulls of the kinds in use, and the image to start from
         embeds, nulls = self._encode(given)
@@ -632,6 +725,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if init_image is not None:
             pixels = self.image_processor.preprocess(init_image, height=height, width=width)
             inputs["init_image"] = self.scale_latents(self.encode_latents(pixels)["mean"])
+        inputs |= {} if classes is None else {"class_label": classes}
         lengths = {name: len(value) for name, value in inputs.items()}
         batch_size = max(lengths.values(), default=1)
         if not set(lengths.values()) <= {1, batch_size}:
@@ -646,6 +740,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
         embeds, nulls = ({kind: per_image(value) for kind, value in part.items()} for part in (embeds, nulls))
         init_latents = per_image(inputs["init_image"]) if init_image is not None else None
+        classes = None if classes is None else per_image(classes)
 
         # 3. timesteps
         timesteps, steps = self.prepare_timesteps(num_inference_steps, 1.0 if init_image is None else strength)
@@ -654,6 +749,9 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         # 4. latents
         shape = (count, self.unet.config.in_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         latents = self.prepare_latents(shape, generator, latents, init_latents, timesteps[:1])
+        if image_noise_level and "image" in embeds:
+            noise = randn_tensor(embeds["image"].shape, generator=generator, device=self._execution_device)
+            embeds["image"] = self.noise_image_embeds(embeds["image"], image_noise_level, noise.to(embeds["image"]))
 
         # 5. denoise
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -665,17 +763,21 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 numbers = tuple(number for number, _ in stages)
                 if numbers not in conditions:
                     conditions[numbers] = self._stage_conditions(numbers, embeds, nulls, count)
-                model_input = self.scheduler.scale_model_input(torch.cat([latents] * len(stages)), t)
-                predictions = self.unet(
-                    model_input.to(self.unet.dtype),
-                    t,
-                    **conditions[numbers],
+                model_input = self.scheduler.scale_model_input(latents, t)
+                predict = partial(
+                    self._predict,
+                    t=t,
+                    weights=[weight for _, weight in stages],
+                    conditions=conditions[numbers],
                     cross_attention_kwargs=cross_attention_kwargs,
-                    return_dict=False,
-                )[0].chunk(len(stages))
-                prediction = predictions[0]
-                for (_, weight), before, after in zip(stages[1:], predictions[:-1], predictions[1:], strict=True):
-                    prediction = prediction + weight * (after - before)
+                )
+                if classes is not None and self._is_within(t, classifier_guidance_interval):
+                    options = {"scale": classifier_guidance_scale, "clip": classifier_guidance_clip}
+                    prediction = classifier.guided_prediction(
+                        predict, model_input, t, self.scheduler, classes, **options
+                    )
+                else:
+                    prediction = predict(model_input)
                 latents = self.scheduler.step(prediction, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
@@ -705,6 +807,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list) and index["_class_name"][-1] == cls.__name__:
             index["_class_name"] = cls.__name__
+        if not _IS_REMOTE_CODE and (index.get("classifier") or [None])[0] == "medisyn_latent_classifier":
+            index["classifier"][0] = __name__.replace("medisyn_pipeline", "medisyn_latent_classifier")
         return index
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
@@ -719,6 +823,10 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text(encoding="utf-8"))
         index["_class_name"] = ["medisyn_pipeline", "MediSynPipeline"]
+        if self.classifier is not None:
+            index["classifier"] = ["medisyn_latent_classifier", "MediSynLatentClassifier"]
+        else:
+            index.pop("classifier", None)  # so that models without one are written as ever
         index["label_schema"] = self.label_schema  # diffusers sorts keys; the order of fields is that of the vector
         index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _remove_paths(folder)

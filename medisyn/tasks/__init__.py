@@ -3,7 +3,7 @@
 from medisyn.config import TrainConfig
 from medisyn.tasks.base import TrainingTask
 
-TASK_NAMES = ("autoencoder", "diffusion")
+TASK_NAMES = ("autoencoder", "diffusion", "latent_classifier", "guided", "dino")
 
 
 def create_task(config: TrainConfig) -> TrainingTask:
@@ -20,4 +20,16 @@ def create_task(config: TrainConfig) -> TrainingTask:
         from medisyn.tasks.diffusion import DiffusionTask
 
         return DiffusionTask(config)
+    if config.task.type == "latent_classifier":
+        from medisyn.tasks.latent_classifier import LatentClassifierTask
+
+        return LatentClassifierTask(config)
+    if config.task.type == "guided":
+        from medisyn.tasks.guided import GuidedTask
+
+        return GuidedTask(config)
+    if config.task.type == "dino":
+        from medisyn.tasks.dino import DinoTask
+
+        return DinoTask(config)
     raise ValueError(f"unknown task type {config.task.type!r}; valid: {', '.join(TASK_NAMES)}")

@@ -1,0 +1,96 @@
+"""Images of which a few have a class: which rows those are, how often they are drawn, and whose classes they are.
+
+- The labels that count are a share of each class in whole groups (`medisyn.data.subsets`); the class column of every
+  other row is not read.
+- The classes are those of a latent classifier, in its order, and each needs labelled images.
+
+    rows = labelled_rows(images, classifier.classes, "finding", fraction=0.05, seed=0)  # (N,), -1 where not known
+    weights = labelled_weights(rows, np.ones(len(rows)), share=0.25)
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from medisyn.config import DataConfig, TrainConfig
+from medisyn.data.loading import ImageDataset
+from medisyn.data.subsets import class_names, stratified_subset
+from medisyn.guidance import load_classifier
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+
+UNLABELLED = -1  # class of a row whose label is not known
+
+
+def labelled_rows(
+    images: ImageDataset, classes: tuple[str, ...], class_column: str, fraction: float, seed: int
+) -> np.ndarray:
+    """The number of each row's class, (N,) int64; `UNLABELLED` outside the labelled share.
+
+    Args:
+        images: their group column keeps patients together.
+        classes: all that there may be, in order.
+        class_column: where the class stands.
+        fraction: labelled share of each class, in (0, 1].
+        seed: chooses the groups.
+
+    Raises:
+        ValueError: a labelled image of another class, or a class with fewer than two labelled images.
+    """
+    names, column = images.column(class_column), images.config.group_column
+    rows = stratified_subset(names, images.column(column) if column else None, fraction, seed)
+    few = [str(names[row]) for row in rows]
+    other = sorted(set(few) - set(classes))
+    if other:
+        raise ValueError(
+            f"class {other[0]!r} in {class_column} is not a class of the classifier; its classes: {', '.join(classes)}"
+        )
+    class_names(few, classes)
+    found = np.full(len(names), UNLABELLED, dtype=np.int64)
+    found[rows] = [classes.index(name) for name in few]
+    return found
+
+
+def labelled_weights(row_classes: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """Sampling weights (N,) that sum to 1: `share` for the labelled rows, each class as often; all if all have one.
+
+    Args:
+        row_classes: see `labelled_rows`.
+        weights: of the rows without a label among themselves, (N,).
+        share: in [0, 1].
+    """
+    labelled = row_classes != UNLABELLED
+    own, rest = np.zeros(len(weights)), np.where(labelled, 0.0, weights)
+    own[labelled] = 1 / np.bincount(row_classes[labelled])[row_classes[labelled]]
+    if not rest.any():
+        return own / own.sum()
+    return share * own / own.sum() + (1 - share) * rest / rest.sum()
+
+
+def with_classes(config: TrainConfig, class_column: str) -> TrainConfig:
+    """The class column mapped as a label: an image whose class names a body side is then never mirrored."""
+
+    def mapped(data: DataConfig | None) -> DataConfig | None:
+        columns = {field_name(class_column): class_column}
+        return None if data is None else replace(data, label_schema=None, label_columns=columns)
+
+    return replace(config, data=mapped(config.data), validation=mapped(config.validation))
+
+
+def field_name(class_column: str) -> str:
+    """The label field of a class column: that of "extra.finding" is "finding"."""
+    return class_column.rpartition(".")[2]
+
+
+def find_classifier(name_or_dir: str, base: MediSynPipeline) -> MediSynLatentClassifier:
+    """The classifier of a run, folder or Hub name; of "" the one that `base` carries.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is for other latents than those of `base`.
+    """
+    found = load_classifier(name_or_dir) if name_or_dir else base.classifier
+    if found is None:
+        raise FileNotFoundError("task.classifier names no classifier, and task.base carries none")
+    found.check_latents(base)
+    return found

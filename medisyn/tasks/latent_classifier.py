@@ -1,0 +1,252 @@
+"""Latent classifier training: log p(class | noised latent) at every noise level, on few labelled images.
+
+- The classifier is the encoder half of the base's UNet with a head of its own. It starts from the UNet's weights,
+  which know noised latents at every level from images without labels, or at random.
+- Latents and the noise schedule are the base's; noise is the augmentation, mirror images are another.
+- Loss, accuracy and calibration are reported by noise level. On the validation images a temperature is fitted for each
+  level, so that the size of the gradient means what it says.
+- The run ends with `classifier/`, and with `pipeline/`: the base that carries the classifier.
+
+    medisyn train scripts/unconditional_to_conditional/classifier.yaml
+    medisyn generate --model runs/classifier --class-label eosinophil
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from medisyn.config import LatentClassifierTaskConfig, OptimConfig, TrainConfig
+from medisyn.data.cache import LatentCache, build_latent_cache
+from medisyn.data.loading import ImageDataset
+from medisyn.data.preprocessing import Preprocessor
+from medisyn.data.storage import digest
+from medisyn.data.subsets import class_names, stratified_subset
+from medisyn.guidance import attach_classifier
+from medisyn.loading import load_pipeline
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
+from medisyn.tasks.base import TrainingTask, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.training_record import find_training_record, merge_training_records, write_training_record
+
+logger = logging.getLogger(__name__)
+
+NOISE_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8)  # fractions of the training timesteps
+TEMPERATURES = (0.2, 5.0)  # range that is searched
+CALIBRATION_DRAWS = 4  # of noise for each validation image
+CALIBRATION_BINS = 15
+# streams of an item's seed
+_POSTERIOR, _NOISE, _UNIFORMS = range(3)
+
+
+class LatentClassifierTask(TrainingTask):
+    """Batch of cached latents with classes -> cross-entropy at random noise levels. See `LatentClassifierTaskConfig`.
+
+    Raises:
+        ValueError: fewer than two classes, a class that no labelled image has, or a class with one image.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        if not isinstance(config.task, LatentClassifierTaskConfig):
+            raise ValueError(f"task.type={config.task.type!r} given to the latent classifier task")
+        self.config, self.options = config, config.task
+        images, validation = load_splits(config)
+        self.images, self.classes = labelled_subset(config, images)
+        self.targets = self._indices(self.images)
+        self._validation_images: ImageDataset | None = None
+        if validation is not None:
+            _require_calibration()
+            known = np.array(self._indices(validation)) >= 0
+            if not known.any():
+                raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
+            self._validation_images = validation.select(known)
+        self.pipe = load_pipeline(self.options.base).to(PartialState().device)
+        self.pipe.set_progress_bar_config(disable=True)
+        scratch: dict[str, Any] = {}
+        if self.options.initialize == "random":
+            widths = self.options.block_out_channels
+            scratch = {"block_out_channels": widths, "layers_per_block": self.options.layers_per_block}
+            scratch |= {"down_block_types": ("DownBlock2D",) * (len(widths) - 1) + ("AttnDownBlock2D",)}
+        # registered, hence trained and saved
+        self.classifier = MediSynLatentClassifier.from_unet(
+            self.pipe.unet,
+            self.pipe.scheduler,
+            self.classes,
+            copy_weights=self.options.initialize == "base",
+            dropout=self.options.dropout,
+            latent_fingerprint=latent_fingerprint(self.pipe),
+            **scratch,
+        )
+        self.noising = DDPMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
+        self.latents = self._cache(self.images, "train")
+        self._validation: LatentCache | None = None
+        self._may_flip = self.images.may_flip() & config.data.horizontal_flip
+        if self.options.balance_classes:
+            counts = Counter(self.targets)
+            self.row_weights = np.array([1 / counts[target] for target in self.targets])
+
+    def _indices(self, images: ImageDataset) -> list[int]:
+        """The class of each image as its place in `classes`; -1 for none of them."""
+        place = {name: index for index, name in enumerate(self.classes)}
+        return [place.get(str(name), -1) for name in images.column(self.options.class_column)]
+
+    def _cache(self, images: ImageDataset, split: str) -> LatentCache:
+        # one folder holds the images of one subset, and a cache_dir may serve several subsets
+        subset = digest(" ".join(map(str, images.hashes())).encode())[:8]
+        folder = Path(self.options.cache_dir or Path(self.config.output_dir) / "cache") / f"{split}_{subset}"
+        return build_latent_cache(
+            self.pipe,
+            images,
+            Preprocessor.from_config(images.config),
+            folder / "latents",
+            batch_size=self.options.cache_batch_size,
+            flips=images.config.horizontal_flip,
+            bf16=self.config.train.mixed_precision == "bf16",
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def parameter_groups(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Those of all tasks, and with `backbone_learning_rate` its own for what comes from the base."""
+        groups, rate = super().parameter_groups(optim), self.options.backbone_learning_rate
+        if rate is None:
+            return groups
+        new = {id(p) for part in ("norm_out", "pool", "head") for p in getattr(self.classifier, part).parameters()}
+        backbone = [
+            {**group, "lr": rate, "params": [p for p in group["params"] if id(p) not in new]} for group in groups
+        ]
+        return [{**group, "params": [p for p in group["params"] if id(p) in new]} for group in groups] + backbone
+
+    def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The row's latent moments, perhaps of its mirror image, and its class."""
+        flip = bool(self._may_flip[row]) and rng.random() < 0.5
+        return self.latents.moments(row, flip=flip) | {"target": self.targets[row]}
+
+    def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The cross-entropy at noise levels drawn evenly from the whole schedule, and the accuracy."""
+        uniforms = seeded_uniform(batch["seed"], 1, _UNIFORMS)[:, 0]
+        timesteps = (uniforms * self.noising.config.num_train_timesteps).long()
+        noised, target = self._noised(batch, timesteps), batch["target"].to(self.pipe.device)
+        logits = self.classifier(noised, timesteps.to(noised.device)).float()
+        loss = F.cross_entropy(logits, target, label_smoothing=self.options.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == target).float().mean()}
+
+    def _noised(self, batch: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
+        """Scaled latents with the noise of these timesteps; noise by the items' seeds alone."""
+        device = self.pipe.device
+        latents = batch["mean"].float().to(device)
+        if "logvar" in batch:
+            draw = seeded_normal(batch["seed"], latents.shape[1:], _POSTERIOR).to(device)
+            latents = latents + torch.exp(0.5 * batch["logvar"].float().to(device)) * draw
+        noise = seeded_normal(batch["seed"], latents.shape[1:], _NOISE).to(device)
+        return self.noising.add_noise(self.pipe.scale_latents(latents), noise, timesteps.to(device))
+
+    @torch.no_grad()
+    def _validation_logits(self, level: float, count: int, draws: int = 1) -> tuple[Tensor, Tensor]:
+        """Logits (draws x N, K) of validation images spread over the data at a noise level, and their classes."""
+        images = self._validation_images
+        rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+        if self._validation is None:
+            self._validation = self._cache(images, "validation")
+        classes = torch.tensor(self._indices(images))[rows]
+        timestep = int(level * self.noising.config.num_train_timesteps)
+        logits = []
+        for draw in range(draws):
+            for part in torch.as_tensor(rows).split(64):
+                batch = self._validation.moments(part.tolist()) | {"seed": part + draw * len(images)}
+                timesteps = torch.full((len(part),), timestep)
+                noised = self._noised(batch, timesteps)
+                logits.append(self.classifier(noised, timesteps.to(noised.device)).float().cpu())
+        return torch.cat(logits), classes.repeat(draws)
+
+    def validate(self, count: int) -> dict[str, float]:
+        """Loss, accuracy and expected calibration error, mean over noise levels and at each."""
+        by_level = {level: _scores(*self._validation_logits(level, count)) for level in NOISE_LEVELS}
+        means = {name: float(np.mean([scores[name] for scores in by_level.values()])) for name in by_level[0.05]}
+        return means | {f"{name}_at_{level}": v for level, scores in by_level.items() for name, v in scores.items()}
+
+    def export(self, folder: Path) -> None:
+        """Write `classifier/` with fitted temperatures, `classifier.json` with its scores, and `pipeline/`."""
+        self.classifier.eval()
+        report: dict[str, Any] = {"classes": list(self.classes), "images": len(self.images)}
+        report["images_by_class"] = {name: self.targets.count(i) for i, name in enumerate(self.classes)}
+        if self._validation_images is None:
+            logger.warning("no validation images: the classifier's temperatures stay 1")
+        else:
+            temperatures, report["by_noise_level"] = self._calibrate()
+            self.classifier.register_to_config(temperature_levels=list(NOISE_LEVELS), temperatures=temperatures)
+        self.classifier.save_pretrained(folder / "classifier")
+        (folder / "classifier.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        record = image_record(self.images)
+        write_training_record(folder / "classifier", record)
+        source = self.pipe.config.get("_name_or_path") or self.options.base
+        base = find_training_record(source)
+        attach_classifier(self.pipe, MediSynLatentClassifier.from_pretrained(folder / "classifier"))
+        self.pipe.save_pretrained(folder / "pipeline")
+        write_training_record(folder / "pipeline", merge_training_records(record, *([base] if base else [])))
+
+    def _calibrate(self) -> tuple[list[float], list[dict[str, float]]]:
+        """The temperature of each noise level that fits the validation images best, and the scores with it."""
+        from scipy.optimize import minimize_scalar
+
+        temperatures, scores = [], []
+        for level in NOISE_LEVELS:
+            logits, classes = self._validation_logits(level, len(self._validation_images), CALIBRATION_DRAWS)
+            logits = logits.double()
+
+            def loss(log_temperature: float, logits: Tensor = logits, classes: Tensor = classes) -> float:
+                return F.cross_entropy(logits / np.exp(log_temperature), classes).item()
+
+            found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
+            temperature = round(float(np.exp(found.x)), 4)
+            temperatures.append(temperature)
+            before = _scores(logits, classes)["calibration_error"]
+            scores.append({"noise_level": level, "temperature": temperature, "calibration_error_before": before})
+            scores[-1] |= _scores(logits / temperature, classes)
+        return temperatures, scores
+
+
+def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDataset, tuple[str, ...]]:
+    """The images whose labels are used, by `label_fraction` and `label_seed`, and their classes in order.
+
+    Raises:
+        ValueError: see `class_names` and `stratified_subset`.
+    """
+    options = config.task
+    assert isinstance(options, LatentClassifierTaskConfig)
+    column = images.column(options.class_column)
+    class_names(column, options.classes)  # names what is missing in all of the data first
+    wanted = [name if not options.classes or str(name) in options.classes else None for name in column]
+    groups = images.column(config.data.group_column) if config.data.group_column else None
+    chosen = images.select(stratified_subset(wanted, groups, options.label_fraction, options.label_seed))
+    return chosen, class_names(chosen.column(options.class_column), options.classes)
+
+
+def _require_calibration() -> None:
+    """Fail before the training if the calibration at its end could not run."""
+    try:
+        import scipy.optimize  # noqa: F401
+        import torchmetrics  # noqa: F401
+    except ImportError as error:
+        raise ImportError("calibration needs scipy and torchmetrics: pip install medisyn[eval]") from error
+
+
+def _scores(logits: Tensor, classes: Tensor) -> dict[str, float]:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    error = multiclass_calibration_error(
+        logits.softmax(dim=1), classes, num_classes=logits.shape[1], n_bins=CALIBRATION_BINS
+    )
+    accuracy = (logits.argmax(dim=1) == classes).float().mean()
+    loss = F.cross_entropy(logits, classes)
+    return {"loss": loss.item(), "accuracy": accuracy.item(), "calibration_error": error.item()}

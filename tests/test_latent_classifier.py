@@ -1,0 +1,216 @@
+"""The latent classifier's task: what it learns, reports and exports, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medisyn import load_pipeline
+from medisyn.config import parse_config
+from medisyn.guidance import load_classifier
+from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask
+from medisyn.trainer import Trainer
+from medisyn.training_record import read_training_record
+from tests.training import write_base, write_images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """24 images of three brightnesses (`kind`), and an untrained unconditional model."""
+    folder = tmp_path_factory.mktemp("latent_classifier")
+    write_images(folder / "images")
+    write_base(folder / "base", kinds=())
+    return folder
+
+
+def config(folder, run="run", task=(), train=(), data=(), **changes):
+    images = {"source": str(folder / "images"), "caption_column": None, "resolution": 32}
+    tree = {
+        "output_dir": str(folder / run),
+        "data": images | {"group_column": "patient", "license_column": "license"} | dict(data),
+        "validation": images,
+        "task": {"type": "latent_classifier", "base": str(folder / "base"), "class_column": "kind"} | dict(task),
+        "optim": {"warmup_steps": 0, "decay_fraction": 0.0, "learning_rate": 3e-3},
+        "train": {"steps": 4, "batch_size": 6, "log_every": 1, "checkpoint_every": 2, "ema_decay": 0.0} | dict(train),
+    }
+    tree["task"] |= {} if "cache_dir" in tree["task"] else {"cache_dir": str(folder / "cache")}
+    return parse_config(tree | changes)
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run that has learnt to tell the brightnesses apart."""
+    train = {"steps": 120, "batch_size": 24, "checkpoint_every": 120, "validate_every": 120}
+    return Trainer(config(folder, "learnt", train=train)).fit()
+
+
+def test_it_learns_and_is_better_where_there_is_less_noise(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = {key.removeprefix("validation/"): v for line in lines for key, v in line.items() if "validation/" in key}
+    for name in ("loss", "accuracy", "calibration_error"):
+        assert {name} | {f"{name}_at_{level}" for level in NOISE_LEVELS} <= last.keys()
+    assert last["accuracy_at_0.05"] > 0.9
+    assert last["loss_at_0.05"] < last["loss_at_0.8"]
+
+
+def test_calibration_fits_a_temperature_for_each_noise_level(run):
+    report = json.loads((run / "classifier.json").read_text())
+    assert report["classes"] == ["0", "1", "2"]
+    assert report["images_by_class"] == {"0": 8, "1": 8, "2": 8}
+    assert [row["noise_level"] for row in report["by_noise_level"]] == list(NOISE_LEVELS)
+    classifier = load_classifier(run)
+    assert classifier.config.temperatures == [row["temperature"] for row in report["by_noise_level"]]
+    before = [row["calibration_error_before"] for row in report["by_noise_level"]]
+    after = [row["calibration_error"] for row in report["by_noise_level"]]
+    assert sum(after) < sum(before) + 0.05
+
+
+def test_the_base_comes_back_with_its_classifier_and_is_otherwise_as_it_was(run, folder):
+    pipe, base = load_pipeline(run), load_pipeline(folder / "base")
+    assert pipe.classifier.classes == ("0", "1", "2")
+    for name in ("unet", "vae"):
+        same = load_file(run / "pipeline" / name / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(value, same[key]) for key, value in getattr(base, name).state_dict().items())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(class_label=["0", "2"], num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 32, 32, 3)
+    for part in ("classifier", "pipeline"):
+        assert len(read_training_record(run / part)["hashes"]) == 24
+
+
+def test_guided_latents_are_of_the_class(run):
+    """The classifier's own judgement, at no noise, of latents drawn for each class and for none."""
+    pipe = load_pipeline(run)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 10, "output_type": "latent"}
+
+    def probability(name, **more):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+        latents = pipe(num_images_per_prompt=8, generator=generators, **options, **more).images
+        with torch.no_grad():
+            return pipe.classifier.log_probabilities(latents, 0).exp()[:, int(name)].mean().item()
+
+    for name in pipe.classifier.classes:
+        assert probability(name, class_label=name) > max(probability(name) + 0.1, 0.5)
+
+
+def test_four_steps_are_two_and_two_more(folder):
+    weights = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        for steps in stops:
+            settings = {"steps": steps, "ema_decay": 0.9}
+            run = Trainer(config(folder, name, task={"dropout": 0.2}, train=settings)).fit()
+        weights.append(load_file(run / "classifier" / "diffusion_pytorch_model.safetensors"))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_an_item_does_not_depend_on_its_batch(folder):
+    task = LatentClassifierTask(config(folder, "items")).eval()
+    torch.nn.init.normal_(task.classifier.head[1].weight)
+    seeds, rows = torch.tensor([11, 12, 13]), range(3)
+    batch = task.collate([{**task.latents.moments(row), "target": task.targets[row]} for row in rows])
+    together = task(batch | {"seed": seeds}, 0)["loss"]
+    alone = [task({name: v[i : i + 1] for name, v in (batch | {"seed": seeds}).items()}, 0)["loss"] for i in rows]
+    torch.testing.assert_close(together, torch.stack(alone).mean(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_share_of_the_labels_in_whole_patients_and_classes_drawn_evenly(folder):
+    task = LatentClassifierTask(config(folder, "few", task={"label_fraction": 0.5, "label_seed": 1}))
+    assert [task.targets.count(i) for i in range(3)] == [4, 4, 4]
+    again = LatentClassifierTask(config(folder, "few", task={"label_fraction": 0.5, "label_seed": 1}))
+    assert task.images.rows.tolist() == again.images.rows.tolist()
+    other = LatentClassifierTask(config(folder, "few", task={"label_fraction": 0.5, "label_seed": 2}))
+    assert task.images.rows.tolist() != other.images.rows.tolist()
+    two = LatentClassifierTask(config(folder, "two", task={"classes": ["2", "0"]}))
+    assert two.classes == ("2", "0")
+    assert sorted(set(two.targets)) == [0, 1] and len(two) == 16
+    assert two.row_weights[[0, 1]].sum() == pytest.approx(2 / 8)
+
+
+def test_what_comes_from_the_base_may_have_a_learning_rate_of_its_own(folder):
+    task = LatentClassifierTask(config(folder, "rates", task={"backbone_learning_rate": 1e-5}))
+    rates = {id(p): group.get("lr") for group in task.parameter_groups(task.config.optim) for p in group["params"]}
+    assert len(rates) == len(list(task.parameters()))
+    assert rates[id(task.classifier.conv_in.weight)] == 1e-5
+    assert rates[id(task.classifier.head[1].weight)] is None
+
+
+def test_a_random_start_has_a_shape_of_its_own(folder):
+    shape = {"initialize": "random", "block_out_channels": [16, 32], "layers_per_block": 2}
+    task = LatentClassifierTask(config(folder, "random", task=shape))
+    assert list(task.classifier.config.block_out_channels) == [16, 32]
+    assert task.classifier(torch.zeros(2, 4, 4, 4), 5).shape == (2, 3)
+
+
+def write_kinds(folder, kinds):
+    """The images of `write_images` with other classes."""
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    text = "\n".join(json.dumps(line | {"kind": kind}) for line, kind in zip(lines, kinds, strict=True))
+    (folder / "metadata.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "task", "message"),
+    [
+        (["a"] * 24, {}, r"at least two classes are needed; classes in the labelled data: a \(24\)"),
+        (["a"] * 12 + ["b"] * 11 + ["c"], {}, "class 'c' has 1 image in the labelled data, at least 2 are needed"),
+        (["a"] * 12 + ["b"] * 12, {"classes": ["a", "x"]}, r"class 'x' has no image .*a \(12\), b \(12\)"),
+        (["a"] * 21 + ["b"] * 3, {"label_fraction": 0.2}, "class 'b' has 1 image"),
+        (["a"] * 12 + ["b"] * 12, {"class_column": "finding"}, "no column 'finding'"),
+        (["a"] * 12 + ["b"] * 12, {"label_fraction": 0.0}, "label_fraction must be above 0"),
+    ],
+)
+def test_too_little_data_is_refused(folder, tmp_path, kinds, task, message):
+    shutil.copytree(folder / "images", tmp_path / "images")
+    shutil.copytree(folder / "base", tmp_path / "base")
+    write_kinds(tmp_path / "images", kinds)
+    with pytest.raises(ValueError, match=message):
+        LatentClassifierTask(config(tmp_path, task=task, data={"group_column": None}))
+
+
+def test_validation_needs_the_classes(folder, tmp_path):
+    shutil.copytree(folder / "images", tmp_path / "images")
+    write_kinds(tmp_path / "images", ["x"] * 24)
+    validation = {"source": str(tmp_path / "images"), "caption_column": None, "resolution": 32}
+    with pytest.raises(ValueError, match="no validation image has one of the classes 0, 1, 2"):
+        LatentClassifierTask(config(folder, "foreign", validation=validation))
+
+
+def test_random_crops_and_unknown_keys_are_refused(folder):
+    with pytest.raises(ValueError, match="does not go with cached latents"):
+        config(folder, data={"crop": "random"})
+    with pytest.raises(ValueError, match="unknown key task.latent_classifier.clases .did you mean classes"):
+        config(folder, task={"clases": ["a"]})
+
+
+class TestCommands:
+    def test_generate_for_a_class(self, run, tmp_path):
+        from typer.testing import CliRunner
+
+        from medisyn.cli import app
+
+        arguments = ["generate", "--model", str(run), "--class-label", "0", "--class-label", "2", "--steps", "2"]
+        arguments += ["--num-images", "2", "--classifier-guidance", "5", "--out", str(tmp_path / "out")]
+        for _ in range(2):  # the second time nothing is left to do
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, result.output
+        lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+        assert [line["class_label"] for line in lines] == ["0", "0", "2", "2"]
+        assert {line["classifier_guidance_scale"] for line in lines} == {5.0}
+
+    @pytest.mark.parametrize(
+        ("model", "label", "message"),
+        [("run", "x", "valid: 0, 1, 2"), ("base", "0", "this model carries no latent classifier")],
+    )
+    def test_what_the_model_cannot_do(self, run, folder, tmp_path, model, label, message):
+        from medisyn.cli import app
+        from medisyn.generation.requests import Request, make_requests
+        from medisyn.generation.synthesize import synthesize
+
+        assert app is not None
+        pipe = load_pipeline(run if model == "run" else folder / "base")
+        with pytest.raises(ValueError, match=message):
+            synthesize(pipe, make_requests([Request(class_label=label)]), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
