@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,16 @@ from .arguments import (
     parse_adapters,
     parse_guidance,
 )
+from .manifold import (
+    CacheOption,
+    ImageNoiseOption,
+    LabelColumnOption,
+    LikeDataOption,
+    LikeOption,
+    PriorOption,
+    StrategyOption,
+    find_manifold,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +48,17 @@ def generate(
     labels: Annotated[
         list[str] | None, typer.Option(metavar="LABELS", help='"glaucoma=1, dr_grade=3"; may be repeated.')
     ] = None,
-    like: Annotated[str | None, typer.Option(metavar="IMAGE", help="Image whose embedding conditions.")] = None,
+    class_label: Annotated[
+        list[str] | None, typer.Option(metavar="CLASS", help="Class of the model's classifier; may be repeated.")
+    ] = None,
+    classifier_guidance: Annotated[float | None, typer.Option(help="Weight of the classifier's gradient.")] = None,
+    like: LikeOption = None,
+    strategy: StrategyOption = None,
+    like_data: LikeDataOption = None,
+    label_column: LabelColumnOption = None,
+    prior: PriorOption = None,
+    cache: CacheOption = None,
+    image_noise: ImageNoiseOption = None,
     init_image: Annotated[str | None, typer.Option(metavar="IMAGE", help="Image to start from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far to leave --init-image, above 0, at most 1.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
@@ -62,38 +83,49 @@ def generate(
 
     The same command again continues where it was stopped, and makes the same images bit for bit.
     """
-    asked = {name: value for name, value in locals().items() if name not in ("out", "overwrite", "device")}
+    asked = {name: value for name, value in locals().items() if name not in ("out", "overwrite", "device", "cache")}
     from ..generation.output_folder import check_writable
     from ..generation.requests import Request, make_requests, read_image
     from ..generation.schedulers import check_scheduler
 
-    check_names(model=model, out=out, device=device, like=like, init_image=init_image)
+    check_names(model=model, out=out, device=device, init_image=init_image)
     check_names(negative_prompt=negative_prompt, prompts_file=prompts_file, scheduler=scheduler)
     weights, adapters = None if guidance is None else parse_guidance(guidance), parse_adapters(adapter)
     if scheduler is not None:
         check_scheduler(scheduler)
     if size is not None and size % 8:
         raise ValueError(f"--size must be a multiple of 8, not {size}")
-    if strength is not None and init_image is None:
-        raise ValueError("--strength needs --init-image")
+    if strength is not None and init_image is None and not (strategy or "").startswith("sdedit"):
+        raise ValueError("--strength needs --init-image or --strategy sdedit")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"--strength must be above 0 and at most 1, not {strength}")
+    if classifier_guidance is not None and not class_label and prompts_file is None:
+        raise ValueError("--classifier-guidance needs --class-label")
     templates = _templates(prompts or [], labels or [], demo, prompts_file)
-    if not any((templates, like)) and model is None:
-        raise ValueError("nothing to generate from: give a PROMPT, --labels, --like, --prompts-file or --demo")
+    if class_label:
+        templates = [replace(one, class_label=name) for one in templates or [Request()] for name in class_label]
+    manifold = find_manifold(like, strategy, like_data, label_column, prior, cache, strength, init_image)
+    if not templates and manifold is None and model is None:
+        raise ValueError(
+            "nothing to generate from: give a PROMPT, --labels, --class-label, --like, --prompts-file or --demo"
+        )
     shared: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
-    for name, path in (("like", like), ("init_image", init_image)):
-        if path is not None:
-            shared[name] = Path(path)
-            read_image(shared[name])
+    if init_image is not None:
+        shared["init_image"] = Path(init_image)
+        read_image(shared["init_image"])
     requests = make_requests(templates or [Request()], num_images, seed, **shared)
-    name = _folder_name("demo" if demo else requests[0].slug(), asked, len(templates))
+    slug = requests[0].slug() if manifold is None else manifold.strategy.name
+    name = _folder_name("demo" if demo else slug, asked, len(templates))
     folder = Path("outputs") / name if out is None else Path(out)
     check_writable(folder)
 
     from ..generation.synthesize import synthesize
 
     pipe = load_model(model, adapters, device)
+    if manifold is not None:
+        strength = manifold.strategy.arguments().get("strength", strength)
+        templates = [replace(template, **shared) for template in templates or [Request()]]
+        requests = manifold.requests(pipe, templates, num_images, seed)
     files = synthesize(
         pipe,
         requests,
@@ -101,6 +133,8 @@ def generate(
         num_inference_steps=steps,
         guidance_scale=weights,
         strength=strength,
+        image_noise_level=image_noise,
+        classifier_guidance_scale=classifier_guidance,
         size=size,
         scheduler=scheduler,
         batch_size=batch_size,

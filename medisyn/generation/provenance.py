@@ -31,6 +31,7 @@ ADAPTERS = "_medisyn_adapters"  # attribute of a pipeline that has adapters, see
 # Chunks whose value is JSON when read back; all others are text.
 _JSON_KEYS = frozenset(
     ("labels", "seed", "num_inference_steps", "guidance_scale", "strength", "width", "height", "synthetic")
+    + ("parents", "parent_weights", "parent_labels", "image_noise_level", "classifier_guidance_scale")
 )
 
 

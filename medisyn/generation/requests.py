@@ -13,16 +13,57 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..data.loading import ImageDataset
 
 LARGEST_SEED = 2**63 - 1
 # Keys of the metadata that a prompts file cannot set.
 RESERVED = frozenset(
     ("file_name", "caption", "like", "init_image", "strength", "seed", "num_inference_steps", "guidance_scale")
     + ("scheduler", "height", "width", "model", "model_hash", "adapter", "adapter_hash", "software", "synthetic")
+    + ("strategy", "label_rule", "parents", "parent_weights", "parent_labels", "image_noise_level")
+    + ("classifier_guidance_scale",)
 )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an image comes from on the embedding manifold; made by `strategies.like_requests`.
+
+    Attributes:
+        strategy: Name and options, such as "mixture:neighbours=5,concentration=1".
+        label_rule: How the label follows from those of the parents.
+        parents: Hashes of the real images that it was made of, as in `training_images.json`.
+        weights: Share of each parent; they sum to 1.
+        labels: Label of each parent.
+        title: In place of a prompt in the grid and the file's name.
+        embedding: The image condition (T, width); None: there is none.
+        start: The dataset and the item that sampling starts from; None: it starts from noise.
+    """
+
+    strategy: str
+    label_rule: str
+    parents: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    labels: tuple[str | None, ...] = ()
+    title: str = ""
+    embedding: "Tensor | None" = field(default=None, compare=False, repr=False)
+    start: "tuple[ImageDataset, int] | None" = field(default=None, compare=False, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """What is written about it."""
+        record: dict[str, Any] = {"strategy": self.strategy, "label_rule": self.label_rule}
+        if self.parents:
+            record |= {"parents": list(self.parents), "parent_weights": list(self.weights)}
+        if any(label is not None for label in self.labels):
+            record["parent_labels"] = list(self.labels)
+        return record
 
 
 @dataclass(frozen=True)
@@ -38,6 +79,8 @@ class Request:
         seed: Of this image's noise.
         title: Short name for the grid.
         columns: Further columns of the metadata, such as the modality.
+        origin: Real images that it is made of, in place of `like` (and, with a `start`, of `init_image`).
+        class_label: Class of the model's latent classifier that guides it.
     """
 
     prompt: str | None = None
@@ -48,12 +91,15 @@ class Request:
     seed: int = 0
     title: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    class_label: str | None = None
 
     def caption(self) -> str:
         """What the grid prints beside the image."""
         labels = ", ".join(f"{name}={value}" for name, value in (self.labels or {}).items())
         like = None if self.like is None else f"like {self.like.name}"
-        asked = "; ".join(part for part in (self.prompt, labels, like) if part)
+        like = like if self.origin is None else self.origin.title
+        asked = "; ".join(part for part in (self.class_label, self.prompt, labels, like) if part)
         return ": ".join(part for part in (self.title, asked) if part) or "unconditional"
 
     def slug(self) -> str:
@@ -131,15 +177,16 @@ def _parse(line: str, where: str) -> Request:
     reserved = sorted(RESERVED & entry.keys())
     if reserved:
         raise ValueError(
-            f"{where} has {reserved[0]!r}, which is written by the run; valid: prompt, labels, your columns"
+            f"{where} has {reserved[0]!r}, which is written by the run; valid: prompt, labels, class_label, "
+            "your columns"
         )
-    known = {key: entry.pop(key, None) for key in ("prompt", "negative_prompt", "labels")}
+    known = {key: entry.pop(key, None) for key in ("prompt", "negative_prompt", "labels", "class_label")}
     known = {key: value for key, value in known.items() if value is not None}
     for key, value in known.items():
         if not isinstance(value, dict if key == "labels" else str):
             raise ValueError(f"{where}: {key} must be {'an object' if key == 'labels' else 'text'}, not {value!r}")
     if not known.get("prompt", "x").strip():
         raise ValueError(f"{where}: the prompt is empty")
-    if "prompt" not in known and "labels" not in known:
+    if not known.keys() & {"prompt", "labels", "class_label"}:
         raise ValueError(f"{where} has neither prompt nor labels")
     return Request(**known, columns=entry)

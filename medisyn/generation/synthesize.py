@@ -11,8 +11,9 @@
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..backbone import model_hash
+from ..data.preprocessing import Preprocessor
 from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_value
 from .output_folder import OutputFolder
 from .provenance import SOFTWARE, adapter_hash, file_hash
@@ -39,6 +41,8 @@ def synthesize(
     num_inference_steps: int | None = None,
     guidance_scale: float | Mapping[str, float] | None = None,
     strength: float | None = None,
+    image_noise_level: float | None = None,
+    classifier_guidance_scale: float | None = None,
     size: int | None = None,
     scheduler: str | None = None,
     batch_size: int = 8,
@@ -56,6 +60,8 @@ def synthesize(
         num_inference_steps: Sampling steps; None: the pipeline's default.
         guidance_scale: Weight of the conditions, or one per kind; None: the pipeline's default.
         strength: With `init_image`: how far to go back in the noise schedule, in (0, 1]; None: the pipeline's default.
+        image_noise_level: Noise on image embeddings, up to what the model was trained with; None: none.
+        classifier_guidance_scale: Weight of the classifier's gradient with `class_label`; None: the default.
         size: Side of the images in pixels; None: the model's own.
         scheduler: One of `schedulers.SCHEDULERS`; None: the model's own.
         batch_size: Images per call of the pipeline.
@@ -80,6 +86,7 @@ def synthesize(
     settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     settings = {name: _default(pipe, name) if value is None else value for name, value in settings.items()}
     _check_settings(pipe, settings)
+    _check_image_noise(pipe, image_noise_level)
     own_scheduler = pipe.scheduler
     sampler = own_scheduler if scheduler is None else make_scheduler(scheduler, own_scheduler.config)
     shared = {
@@ -94,9 +101,15 @@ def synthesize(
         "software": SOFTWARE,
         "synthetic": True,
     }
-    started = any(request.init_image for request in requests)
+    started = any(_start(request) is not None for request in requests)
     strength = (_default(pipe, "strength") if strength is None else strength) if started else None
     arguments = {**settings, "height": size, "width": size, **({"strength": strength} if started else {})}
+    if image_noise_level:
+        shared["image_noise_level"] = arguments["image_noise_level"] = image_noise_level
+    if any(request.class_label is not None for request in requests):
+        name = "classifier_guidance_scale"
+        scale = _default(pipe, name) if classifier_guidance_scale is None else classifier_guidance_scale
+        shared[name] = arguments[name] = scale
     records = [_record(request, shared, strength) for request in requests]
     names = [request.file_name(index) for index, request in enumerate(requests)]
     columns = [{"caption": request.prompt, **request.columns} for request in requests]
@@ -124,7 +137,10 @@ def synthesize(
 def _checked(pipe: MediSynPipeline, request: Request) -> Request:
     """The request with its labels in canonical form; refuses what the model has no condition for."""
     kinds = pipe.kinds
+    origin = request.origin
     given = {"text": request.prompt, "labels": request.labels, "image": request.like}
+    if origin is not None:
+        given["image"] = origin.embedding
     for kind, value in given.items():
         if value is not None and kind not in kinds:
             has = f"it has: {', '.join(kinds)}" if kinds else "it is unconditional"
@@ -134,7 +150,13 @@ def _checked(pipe: MediSynPipeline, request: Request) -> Request:
         raise ValueError("a negative prompt cannot be used: this model has no text condition")
     if request.prompt is not None and not request.prompt.strip():
         raise ValueError("the prompt is empty; describe the image")
-    if kinds and not any(value is not None for value in given.values()):
+    started = origin is not None and origin.start is not None  # an image to start from says enough
+    if request.class_label is not None:
+        if pipe.classifier is None:
+            raise ValueError("a class label cannot be used: this model carries no latent classifier")
+        (place,) = pipe.classifier.class_indices(request.class_label).tolist()
+        request = replace(request, class_label=pipe.classifier.classes[place])
+    elif kinds and not started and not any(value is not None for value in given.values()):
         raise ValueError(f"nothing to generate from; this model takes: {', '.join(kinds)}")
     if request.labels is None:
         return request
@@ -163,6 +185,13 @@ def _check_settings(pipe: MediSynPipeline, settings: Mapping[str, Any]) -> None:
                 raise ValueError(f"guidance names {kind!r}; this model's conditions are: {valid}")
 
 
+def _check_image_noise(pipe: MediSynPipeline, level: float | None) -> None:
+    most = (pipe.config.get("image_noise") or {"level": 0.0})["level"]
+    if level is not None and not 0 <= level <= most:
+        trained = f"was trained with noise of up to {most} on image embeddings" if most else "was trained without any"
+        raise ValueError(f"image noise must be in 0..{most} for this model, which {trained}, not {level}")
+
+
 def _default(pipe: MediSynPipeline, name: str) -> Any:
     return inspect.signature(type(pipe).__call__).parameters[name].default
 
@@ -177,8 +206,10 @@ def _record(request: Request, shared: Mapping[str, Any], strength: float | None)
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "labels": None if request.labels is None else dict(request.labels),
+        "class_label": request.class_label,
         **files,
-        "strength": None if request.init_image is None else strength,
+        **({} if request.origin is None else request.origin.record()),
+        "strength": None if _start(request) is None else strength,
         "seed": request.seed,
         **shared,
     }
@@ -190,8 +221,8 @@ def _same_conditions(requests: Sequence[Request]) -> Iterator[list[int]]:
 
     def used(index: int) -> tuple[bool, ...]:
         request = requests[index]
-        values = (request.prompt, request.negative_prompt, request.labels, request.like, request.init_image)
-        return tuple(value is not None for value in values)
+        values = (request.prompt, request.negative_prompt, request.labels, request.like, _embedding(request))
+        return tuple(value is not None for value in (*values, _start(request), request.class_label))
 
     for _, indices in groupby(range(len(requests)), key=used):
         yield list(indices)
@@ -204,10 +235,14 @@ def _generate(
         "prompt": [request.prompt for request in requests],
         "negative_prompt": [request.negative_prompt for request in requests],
         "labels": [request.labels for request in requests],
+        "class_label": [request.class_label for request in requests],
         "image": [None if request.like is None else read_image(request.like) for request in requests],
-        "init_image": [None if request.init_image is None else read_image(request.init_image) for request in requests],
+        "image_embeds": [_embedding(request) for request in requests],
+        "init_image": [None if (start := _start(request)) is None else start() for request in requests],
     }
     inputs = {name: values for name, values in inputs.items() if values[0] is not None}
+    if "image_embeds" in inputs:
+        inputs["image_embeds"] = torch.stack(inputs["image_embeds"])
     if not inputs:  # an unconditional model
         inputs["num_images_per_prompt"] = len(requests)
     before = bar.n
@@ -228,6 +263,23 @@ def _generate(
         callback_on_step_end=after_step,
         output_type="pil",
     ).images
+
+
+def _embedding(request: Request) -> torch.Tensor | None:
+    """The image condition (T, width) that a strategy gave the request."""
+    return None if request.origin is None else request.origin.embedding
+
+
+def _start(request: Request) -> Callable[[], Image.Image] | None:
+    """Reads the image that sampling starts from."""
+    if request.origin is not None and request.origin.start is not None:
+        images, row = request.origin.start
+        return lambda: _centre_square(images.image(row))  # as training sees it; the pipeline would squeeze it
+    return None if request.init_image is None else partial(read_image, request.init_image)
+
+
+def _centre_square(image: Image.Image) -> Image.Image:
+    return Preprocessor(min(image.size)).crop_image(image)
 
 
 def _progress_bar(total: int, shown: bool) -> tqdm:
