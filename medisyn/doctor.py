@@ -19,10 +19,12 @@ import medisyn
 LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "open-clip-torch", "peft", "accelerate", "datasets")
 # What an extra brings, the modules that show whether it is there, and what does not work without it.
 EXTRAS = {
-    "eval": (("torchmetrics", "torch_fidelity", "timm", "sklearn", "scipy"), "medisyn evaluate"),
+    "eval": (("torchmetrics", "torch_fidelity", "timm", "sklearn", "scipy", "matplotlib"), "medisyn evaluate"),
     "medical": (("pydicom", "nibabel"), "training on DICOM and NIfTI files"),
     "demo": (("gradio",), "the demonstration in the browser"),
     "track": (("tensorboard",), "train.tracker=tensorboard"),
+    "search": (("faiss",), "medisyn select on millions of images"),
+    "ssl": (("lightly",), "training a self-supervised encoder"),
 }
 DTYPES = ("float32", "bfloat16", "float16")
 SLOW = 3.0  # times slower than float32 is worth a warning
