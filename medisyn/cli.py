@@ -8,18 +8,28 @@
 """
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
-from .commands import demo, evaluate, generate, publish
+from .commands import augment, demo, evaluate, generate, publish, segment, select, utility
 from .commands.arguments import check_names, load_model, model_name
 from .console import OneLineErrors, quiet_progress_bars
 
+
+class Commands(OneLineErrors):
+    """Also commands of two words, such as `evaluate utility` beside `evaluate MODEL`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Take two words for one where they name a command together."""
+        together = " ".join(args[:2])
+        return super().resolve_command(ctx, [together, *args[2:]] if together in self.commands else args)
+
+
 app = typer.Typer(
     name="medisyn",
-    cls=OneLineErrors,
+    cls=Commands,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -78,6 +88,10 @@ def train(
 
 
 evaluate.register(app)
+utility.register(app)
+augment.register(app)
+select.register(app)
+segment.register(app)
 publish.register(app)
 demo.register(app)
 

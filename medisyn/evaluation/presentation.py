@@ -59,7 +59,7 @@ def _fidelity_text(fidelity: Mapping) -> str:
             + [f"{frechet['ratio']:.2f}", f"{kid[0]} ({kid[1]})"]
             + [f"{result[score]['synthetic']:.2f} ({result[score]['real']:.2f})" for score in SCORES]
         )
-    table = [_table(["images of", "N", "Fréchet distance", "ratio", "KID", *SCORES], rows)] if rows else []
+    table = [markdown_table(["images of", "N", "Fréchet distance", "ratio", "KID", *SCORES], rows)] if rows else []
     if omitted:
         table.append(f"Too few images (counts are in report.json): {', '.join(omitted)}.")
     return "\n\n".join(table)
@@ -84,7 +84,7 @@ def _agreement_text(agreement: Mapping) -> str:
     # Real beside synthetic also for the rows of each outer value.
     first = {name: index for index, name in reversed([(index, row[0]) for index, row in enumerate(rows)])}
     rows.sort(key=lambda row: first[row[0]])
-    return _table(["column", "images", "N", "accuracy [95 %]", "balanced accuracy [95 %]", "chance"], rows)
+    return markdown_table(["column", "images", "N", "accuracy [95 %]", "balanced accuracy [95 %]", "chance"], rows)
 
 
 def _ordinal_text(agreement: Mapping) -> list[str]:
@@ -108,7 +108,7 @@ def _ordinal_text(agreement: Mapping) -> list[str]:
         "## Agreement of grades",
         "Quadratic-weighted kappa of the classifier's grade with that of the image or the request: 1 is the same, 0 "
         "is chance.",
-        _table(header, rows),
+        markdown_table(header, rows),
     ]
 
 
@@ -127,10 +127,10 @@ def _nearest_text(nearest: Mapping) -> str:
         [name, str(nearest["images"]), f"{nearest[name]['percentile_1']:.4f}", f"{nearest[name]['median']:.4f}"]
         for name in ("synthetic", "real")
     ]
-    return _table(["images", "N", "cosine distance, 1st percentile", "median"], rows)
+    return markdown_table(["images", "N", "cosine distance, 1st percentile", "median"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown table with aligned columns; short rows are filled up."""
     cells = [list(row) + [""] * (len(header) - len(row)) for row in [header, *rows]]
     # A sentence in place of numbers must not widen its column for all.

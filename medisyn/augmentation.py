@@ -1,0 +1,282 @@
+r"""Augmentation, end to end: a small labelled set in, an augmented one out, and what it is worth to a classifier.
+
+Notable choices:
+
+* Candidates are drawn for each class by what the model has: classifier guidance (`class_label`), a label condition, or
+  a prompt; in the proportions of the labelled images, or as many of each class.
+* Selection works on features of the candidates (`medisyn.generation.selection`). A random selection with as many
+  images of each class, and all candidates, stand beside it: the three pools are measured against real images alone and
+  against each other (`medisyn.evaluation.utility`).
+* Test images must be strangers to classifier and generator. What the generator learnt without labels may hold the
+  unlabelled rest of the same data set; the report says so.
+* By default all folds learn from all labelled images, with another seed: the generator has learnt from these labels,
+  so a comparison with fewer of them would flatter it.
+* The same call goes on where it stopped. Every synthetic image keeps its seed, condition and model hash.
+
+    pipe = medisyn.load_pipeline("outputs/guided")
+    augment("train.parquet", "validation.parquet", pipe, model="outputs/guided", label_fraction=0.05)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .augmented_dataset import FORMATS, check_dataset_folder, write_dataset
+from .evaluation.features import load_extractor
+from .evaluation.inputs import Images
+from .evaluation.utility import check_settings, measure_utility
+from .evaluation.utility_cells import make_folds
+from .evaluation.utility_classifier import Classifier
+from .evaluation.utility_inputs import (
+    LabelledImages,
+    check_classes,
+    check_test_classes,
+    choose_labels,
+    find_overlap,
+    generator_hashes,
+    open_labelled,
+    refuse_overlap,
+)
+from .evaluation.utility_report import format_utility
+from .generation.class_requests import class_requests, condition_of, spread_requests
+from .generation.output_folder import check_writable
+from .generation.provenance import atomic_file
+from .generation.selected_folder import select_folder
+from .generation.selection import DEFAULT_RULES, Selection
+from .generation.selection_parsing import Rules, parse_rules
+from .generation.synthesize import synthesize
+from .prompts import choose
+
+if TYPE_CHECKING:
+    from .pipelines.medisyn_pipeline import MediSynPipeline
+
+POOLS = {"all candidates": "candidates", "random selection": "random", "selected": "selected"}  # name -> folder
+
+
+def augment(
+    real: Images,
+    test: Images,
+    pipe: "MediSynPipeline",
+    *,
+    model: str = "default",
+    adapters: Mapping[str, float] | None = None,
+    label_column: str = "finding",
+    group_column: str | None = None,
+    filter: Mapping[str, Sequence[str]] | None = None,
+    classes: Sequence[str] = (),
+    label_fraction: float = 1.0,
+    label_seed: int = 0,
+    condition: str | None = None,
+    label_field: str | None = None,
+    prompt: str | None = None,
+    ratio: float = 10.0,
+    balanced: bool = False,
+    sampling: Mapping[str, Any] | None = None,
+    rules: Rules = DEFAULT_RULES,
+    extractor: str = "inception",
+    train: Images | None = None,
+    classifiers: Sequence[Classifier] | None = None,
+    folds: int = 5,
+    fold_kind: str = "seeds",
+    regimes: Sequence[str] = ("both", "pretrain"),
+    synthetic_share: float = 0.5,
+    drop_overlap: bool = False,
+    dataset_format: str = "imagefolder",
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    out: str | Path = "outputs/augmented",
+    progress: bool = False,
+) -> dict:
+    """Generate, select, write the augmented set, and measure what it is worth.
+
+    `out` gets `candidates/`, `selected/` and `random/` (generated images), `dataset/` (real and selected images),
+    `utility/` (the measurement), `augment.json` and `augment.md`.
+
+    Args:
+        real: Labelled real images.
+        test: Real images of other patients.
+        pipe: The model.
+        model: Its name (folder, run, Hub name, "default"), whose training record is checked against the test images.
+        adapters: Those on the pipeline, by name; their records are checked as well.
+        label_column: Column of the class.
+        group_column: Column of the patient; None: `group_id` where there is one.
+        filter: Column -> values that are kept, of `real` and `test`.
+        classes: What is told apart; empty: every class of `real`.
+        label_fraction: Share of the labels to use, whole patients of every class (`stratified_subset`).
+        label_seed: Of that share: the one that the generator was trained with.
+        condition: One of `class_requests.CONDITIONS`; None: the first of them that the model has.
+        label_field: Field of the model's label schema; None: the one that has all classes.
+        prompt: Template with `{label}`; None: the captions of the labelled images.
+        ratio: Candidates for each labelled image.
+        balanced: As many candidates of each class, in place of the proportions of the labelled images.
+        sampling: Further arguments of `synthesize`, such as `num_inference_steps`.
+        rules: Of the selection.
+        extractor: Features for the selection.
+        train: Further real images that the generator has seen; copies of them are dropped as well.
+        classifiers: See `measure_utility`.
+        folds: See `measure_utility`.
+        fold_kind: See `measure_utility`.
+        regimes: See `measure_utility`.
+        synthetic_share: See `measure_utility`.
+        drop_overlap: See `measure_utility`.
+        dataset_format: One of `FORMATS`.
+        seed: Candidate i is made with `seed + i`; also of selection, folds and training.
+        cache_dir: Keeps features; None: in `out`.
+        out: Folder of the results.
+        progress: Show bars.
+
+    Returns:
+        The content of `augment.json`.
+
+    Raises:
+        ValueError: Bad settings; a single class, a class with one image, or one that the model does not know; test
+            images that are no strangers; a selection that leaves a class empty.
+        FileNotFoundError: A source does not exist.
+        FileExistsError: `out` holds the candidates of another request, or a data set that was not made here.
+        OSError: `out` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    choose("dataset_format", dataset_format, FORMATS)
+    check_settings((label_fraction,), (None,), regimes, folds, fold_kind, True, synthetic_share)
+    parse_rules(rules)
+    if not 0 < label_fraction <= 1:
+        raise ValueError(f"label_fraction must be above 0 and at most 1, not {label_fraction:g}")
+    if not 0 < ratio <= 1000:
+        raise ValueError(f"ratio of candidates to labelled images must be above 0 and at most 1000, not {ratio:g}")
+    load_extractor(extractor, pipe)  # a missing weights file must not cost an hour
+    options: dict[str, Any] = {"group_column": group_column, "filter": filter}
+    labelled = open_labelled(real, label_column, classes=classes, **options)
+    asked = open_labelled(test, label_column, classes=classes, **options)
+    small = choose_labels(labelled, label_fraction, label_seed)
+    classes = check_classes(small, classes)
+    check_test_classes(asked, classes)
+    make_folds(small, asked, 1.0, folds, fold_kind, label_seed, seed)  # too few patients must not be found out late
+    generators = [model, *(adapters or {})]
+    if not drop_overlap:  # found out again when it is measured, but that is after hours of sampling
+        owners = {"generator's training images": generator_hashes(generators)[0], "labelled images": small.hashes}
+        refuse_overlap(asked, find_overlap(asked, owners, small))
+    check_dataset_folder(out / "dataset")
+
+    counts = candidate_counts(small, classes, ratio, balanced)
+    templates = class_requests(pipe, classes, condition, label_field, prompt, _captions(small))
+    requests = spread_requests(templates, counts, label_column, seed)
+    name = Path(model).name if Path(model).exists() else model
+    synthesize(pipe, requests, out / "candidates", model=name, progress=progress, **(sampling or {}))
+    selection = select_folder(
+        out / "candidates",
+        small.images,
+        label_column,
+        rules,
+        out=out / "selected",
+        train=train,
+        extractor=extractor,
+        cache_dir=out / "features" if cache_dir is None else cache_dir,
+        group_column=group_column or "group_id",
+        baseline=out / "random",
+        seed=seed,
+        overwrite=True,
+        progress=progress,
+    )
+    pools = {name: open_labelled(str(out / folder), label_column, classes=classes) for name, folder in POOLS.items()}
+    _check_kept(pools["selected"], classes, selection)
+    write_dataset(small, out / "selected", label_column, out / "dataset", dataset_format)
+    utility = measure_utility(
+        small,
+        asked,
+        strategies=pools,
+        classes=classes,
+        amounts=(1.0,),
+        ratios=(None,),
+        regimes=regimes,
+        folds=folds,
+        fold_kind=fold_kind,
+        pairs=[("selected", "random selection"), ("selected", "all candidates")],
+        classifiers=classifiers,
+        generators=generators,
+        label_seed=label_seed,
+        synthetic_share=synthetic_share,
+        drop_overlap=drop_overlap,
+        seed=seed,
+        out=out / "utility",
+        progress=progress,
+    )
+    asked_for = replace(templates[classes[0]], columns={}).caption()
+    report = {
+        "label_fraction": label_fraction,
+        "label_seed": label_seed,
+        "labelled_images": small.counts(),
+        "generator": {
+            "model": name,
+            "adapters": dict(adapters or {}),
+            "condition": condition_of(templates[classes[0]]),
+            "example": asked_for,
+            "sampling": dict(sampling or {}),
+            "seeds": [requests[0].seed, requests[-1].seed],
+        },
+        "candidates": counts,
+        "selection": selection.report,
+        "dataset": {"format": dataset_format, "real": len(small), "synthetic": len(pools["selected"])},
+        "utility": utility,
+    }
+    texts = {"augment.json": json.dumps(report, indent=2) + "\n", "augment.md": format_augmentation(report)}
+    for file, text in texts.items():
+        with atomic_file(out / file) as partial:
+            partial.write_text(text, encoding="utf-8")
+    return report
+
+
+def candidate_counts(small: LabelledImages, classes: Sequence[str], ratio: float, balanced: bool) -> dict[str, int]:
+    """Candidates of each class for `ratio` of them for each labelled image; at least one."""
+    own = small.counts()
+    if balanced:
+        return {label: max(1, round(ratio * len(small) / len(classes))) for label in classes}
+    return {label: max(1, round(ratio * own[label])) for label in classes}
+
+
+def format_augmentation(report: Mapping) -> str:
+    """The report as Markdown."""
+    generator, selection, dataset = report["generator"], report["selection"], report["dataset"]
+    steps = [f"- `{step['rule']}`: {step['after']} of {step['before']} left" for step in selection["steps"]]
+    warnings = [f"- WARNING: {text}" for text in selection["warnings"]]
+    kept = ", ".join(
+        f"{label}: {number} of {selection['images'][label]}" for label, number in selection["kept"].items()
+    )
+    small = ", ".join(f"{label} {number}" for label, number in report["labelled_images"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in generator["sampling"].items() if value is not None)
+    parts = [
+        "# Augmentation of a small labelled set",
+        f"- Labelled images: {small} ({100 * report['label_fraction']:.3g} % of the labels, label seed "
+        f"{report['label_seed']}).\n"
+        f"- Generator: {generator['model']}, asked by {generator['condition']} (such as: {generator['example']}); "
+        f"seeds {generator['seeds'][0]} to {generator['seeds'][1]}{'; ' + settings if settings else ''}.\n"
+        f"- Augmented set: {dataset['real']} real and {dataset['synthetic']} selected synthetic images "
+        f"({dataset['format']}).",
+        "## Selection",
+        "\n".join([*steps, f"- Kept: {kept}", *warnings]),
+        format_utility(report["utility"])
+        .replace("\n## ", "\n### ")
+        .replace("# Utility", "## Utility", 1)
+        .replace("(utility.png)", "(utility/utility.png)"),
+    ]
+    return "\n\n".join(parts)
+
+
+def _captions(small: LabelledImages) -> dict[str, list[str | None]]:
+    """Captions of the labelled images by class; none where there is no such column."""
+    captions: dict[str, list[str | None]] = {}
+    if "caption" in small.images.column_names:
+        for text, label in zip(small.images.column("caption"), small.labels, strict=True):
+            captions.setdefault(label, []).append(text)
+    return captions
+
+
+def _check_kept(selected: LabelledImages, classes: Sequence[str], selection: Selection) -> None:
+    for label in classes:
+        if not selected.counts().get(label):
+            raise ValueError(
+                f"the selection left no image of class {label!r} ({len(selection.kept)} of {len(selection.records)} in"
+                " all): take weaker rules, or more candidates"
+            )

@@ -1,0 +1,219 @@
+"""Augmentation, end to end, on a tiny model: what it asks for, keeps, writes and measures, and what it refuses."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from medisyn.augmentation import augment, candidate_counts
+from medisyn.augmented_dataset import write_dataset
+from medisyn.cli import app
+from medisyn.data.loading import load_images
+from medisyn.evaluation.utility_classifier import CnnClassifier
+from medisyn.evaluation.utility_inputs import open_labelled
+from medisyn.generation.class_requests import class_requests, spread_requests
+from medisyn.generation.provenance import read_provenance
+from medisyn.guidance import attach_classifier
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.training_record import write_training_record
+from tests.components import LABEL_SCHEMA, tiny_components, tiny_pipeline
+from tests.utility import KINDS, write_extractor, write_labelled
+
+CNN = CnnClassifier(model="test_resnet", resolution=32, steps=4, batch_size=8)
+QUICK = ["--cnn", "test_resnet", "--cnn-steps", "2", "--cnn-resolution", "32", "--folds", "2", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("augment")
+    return {
+        "real": write_labelled(folder / "real", 8, 1),
+        "test": write_labelled(folder / "test", 6, 2),
+        "extractor": write_extractor(folder),
+    }
+
+
+def run(data, pipe, out, **changes):
+    options = {"ratio": 1.0, "sampling": {"num_inference_steps": 2}, "rules": "duplicates:0.999", "folds": 2}
+    options |= {"extractor": data["extractor"], "classifiers": [CNN], "regimes": ["both"], "out": out}
+    return augment(data["real"], data["test"], pipe, **options | changes)
+
+
+def pipe_with_findings():
+    """A tiny pipeline whose labels have the classes of the images."""
+    schema = {"name": "findings", "fields": {**LABEL_SCHEMA["fields"]}}
+    side = schema["fields"].pop("eye_side")
+    schema["fields"]["dr_grade"] = {**schema["fields"]["dr_grade"], "values": ["0", "1", "2", "3"]}
+    schema["fields"]["kind"] = {**side, "values": list(KINDS), "display": "Kind"}  # as many slots in all
+    pipe = MediSynPipeline(**tiny_components(("labels",)) | {"label_schema": schema})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_from_a_few_labelled_images_to_an_augmented_set_and_its_worth(data, tmp_path):
+    report = run(data, pipe_with_findings(), tmp_path / "out", label_fraction=0.5, seed=100)
+    assert report["labelled_images"] == {"dark": 4, "bright": 4, "green": 4} == report["candidates"]
+    assert report["generator"]["condition"] == "labels" and report["generator"]["seeds"] == [100, 111]
+    assert json.loads((tmp_path / "out" / "augment.json").read_text()) == report
+
+    # Every candidate has its class, and its seed, in the table and in the file.
+    made = load_images(str(tmp_path / "out" / "candidates"), caption_column=None)
+    assert sorted(made.column("finding")) == sorted(list(KINDS) * 4) and made.column("seed") == list(range(100, 112))
+    first = sorted((tmp_path / "out" / "candidates").glob("0*.png"))[0]
+    assert read_provenance(first)["labels"] == {"kind": made.column("finding")[0]}
+    # Every one of them was kept or dropped for a stated reason; the random selection is as large.
+    audit = [json.loads(line) for line in (tmp_path / "out" / "selected" / "selection.jsonl").read_text().splitlines()]
+    selected, random = (open_labelled(str(tmp_path / "out" / name), "finding") for name in ("selected", "random"))
+    assert len(audit) == 12 and sum(record["kept"] for record in audit) == len(selected)
+    assert selected.counts() == random.counts()
+
+    # The augmented set loads as it is, real and synthetic rows told apart.
+    small = open_labelled(data["real"], "finding")
+    both = load_images(str(tmp_path / "out" / "dataset"), caption_column=None)
+    synthetic = both.column("synthetic")
+    assert synthetic.count(False) == 12 and synthetic.count(True) == len(selected)
+    assert both.hashes() == both.column("content_hash")
+    real = [row for row, made_up in enumerate(synthetic) if not made_up]
+    assert {both.column("content_hash")[row] for row in real} <= set(small.hashes)
+    assert all((both.column("group_id")[row] is None) == synthetic[row] for row in range(len(both)))
+    assert {both.column("seed")[row] for row in range(len(both)) if synthetic[row]} <= set(range(100, 112))
+
+    # Classifiers with and without, selection on, off and random, compared with each other.
+    results = report["utility"]["results"]
+    pools = [row["strategy"] for row in results]
+    assert pools == [None, "all candidates", "random selection", "selected"]
+    assert all(row["real_images"] == 12 for row in results)  # every fold has all labels that the model had
+    assert set(results[-1]["against"]) == {"random selection", "all candidates"}
+    text = (tmp_path / "out" / "augment.md").read_text()
+    assert "McNemar" in text and "asked by labels" in text and "Strategy against strategy" in text
+
+
+def test_the_same_call_continues_and_gives_the_same(data, tmp_path):
+    pipe = pipe_with_findings()
+    options = {"rules": "diverse:4"}
+    report = run(data, pipe, tmp_path / "out", **options)
+    files = [
+        file for file in (tmp_path / "out").rglob("*") if file.suffix == ".npy" or file.parent.name == "candidates"
+    ]
+    times = {file: file.stat().st_mtime_ns for file in files if file.name[0] == "0" or file.suffix == ".npy"}
+    assert len(times) == 24 + 8  # two folds of real only and three pools
+    assert run(data, pipe, tmp_path / "out", **options) == report
+    assert {file: file.stat().st_mtime_ns for file in times} == times
+    with pytest.raises(FileExistsError, match="another request"):
+        run(data, pipe, tmp_path / "out", **options, sampling={"num_inference_steps": 3})
+
+
+def test_a_parquet_file_keeps_images_and_provenance(data, tmp_path):
+    small = open_labelled(data["real"], "finding")
+    synthetic = write_labelled(tmp_path / "made", 2, 5, labels={"kind": "dark"})
+    write_dataset(small, tmp_path / "made", "finding", tmp_path / "set", "parquet")
+    table = load_images(str(tmp_path / "set" / "train.parquet"), caption_column=None)
+    assert len(table) == 24 + 6 and table.column("synthetic").count(True) == 6
+    assert table.hashes() == table.column("content_hash")
+    assert set(table.hashes()[24:]) == set(load_images(synthetic).hashes())
+    assert json.loads(table.column("labels")[-1]) == {"kind": "dark"} and table.column("labels")[0] is None
+    # A second time replaces it; another folder is refused.
+    write_dataset(small, tmp_path / "made", "finding", tmp_path / "set", "parquet")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="not made by an augmentation"):
+        write_dataset(small, tmp_path / "made", "finding", tmp_path / "mine")
+
+
+def test_a_class_is_asked_for_by_what_the_model_has(data):
+    classes = list(KINDS)
+    found = class_requests(pipe_with_findings(), classes)
+    assert found["dark"].labels == {"kind": "dark"}
+    text = tiny_pipeline(("text", "labels"))
+    captions = {label: [None, "rare", f"a {label} one", f"a {label} one"] for label in classes}
+    assert class_requests(text, classes, captions=captions)["green"].prompt == "a green one"
+    assert class_requests(text, classes, prompt="one that is {label}")["dark"].prompt == "one that is dark"
+    requests = spread_requests(found, {"dark": 2, "bright": 1, "green": 1}, "finding", seed=7)
+    assert [request.seed for request in requests] == [7, 8, 9, 10]
+    assert [request.columns["finding"] for request in requests] == ["dark", "dark", "bright", "green"]
+    small = open_labelled(data["real"], "finding")
+    small = small.select([row for row, label in enumerate(small.labels) if label != "dark" or row < 2])
+    assert candidate_counts(small, classes, 2, balanced=False) == {"dark": 4, "bright": 16, "green": 16}
+    assert candidate_counts(small, classes, 2, balanced=True) == {"dark": 12, "bright": 12, "green": 12}
+    for pipe, changes, message in (
+        (tiny_pipeline(()), {}, "cannot be asked for a class"),
+        (text, {}, "no image of class 'dark' has a caption"),
+        (text, {"prompt": "one"}, "must have {label}"),
+        (text, {"condition": "labels"}, "no label field of this model has all of the classes"),
+        (text, {"label_field": "dr_grade"}, "does not have all of dark"),
+        (text, {"condition": "class_label"}, "no latent classifier"),
+        (text, {"condition": "magic"}, "condition.*'magic'"),
+        (pipe_with_findings(), {"condition": "prompt", "prompt": "{label}"}, "no text condition"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            class_requests(pipe, classes, **changes)
+
+
+def test_a_latent_classifier_is_asked_first_and_guides_every_candidate(data, tmp_path):
+    pipe = tiny_pipeline(())
+
+    def attach(classes):
+        attach_classifier(pipe, MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, classes))
+
+    attach(sorted(KINDS))
+    sampling = {"num_inference_steps": 2, "classifier_guidance_scale": 4.0}
+    report = run(data, pipe, tmp_path / "out", ratio=0.25, sampling=sampling)
+    assert report["generator"]["condition"] == "class_label"
+    made = load_images(str(tmp_path / "out" / "candidates"), caption_column=None)
+    assert made.column("class_label") == made.column("finding")
+    assert set(made.column("classifier_guidance_scale")) == {4}
+    attach(["dark", "bright"])
+    with pytest.raises(ValueError, match="does not know the class 'green'; valid: dark, bright"):
+        class_requests(pipe, list(KINDS))
+
+
+def test_a_model_that_has_seen_test_images_is_refused_before_it_draws(data, tmp_path):
+    folder = tmp_path / "model"
+    tiny_pipeline(()).save_pretrained(folder)
+    write_training_record(folder, {"hashes": open_labelled(data["test"], "finding").hashes[:1], "datasets": []})
+    with pytest.raises(ValueError, match="1 of 18 test images are among the generator's training images"):
+        run(data, pipe_with_findings(), tmp_path / "out", model=str(folder))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="no image passes the rules"):
+        run(data, pipe_with_findings(), tmp_path / "out", rules="confidence:1.0")
+
+
+def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(data, tmp_path):
+    folder = tmp_path / "model"
+    tiny_pipeline(("text",)).save_pretrained(folder)
+
+    def command(*arguments):
+        options = {"--real": data["real"], "--test": data["test"], "--model": folder, "--extractor": data["extractor"]}
+        options |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+        given = [str(part) for pair in options.items() for part in pair]
+        return CliRunner().invoke(app, ["augment", *given, *QUICK])
+
+    rules = ("--rules", "duplicates:0.9999", "--ratio", 1, "--format", "parquet", "--regimes", "both")
+    result = command(*rules, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert str(tmp_path / "out") in result.stdout and (tmp_path / "out" / "dataset" / "train.parquet").is_file()
+    report = json.loads((tmp_path / "out" / "augment.json").read_text())
+    assert report["generator"]["condition"] == "prompt" and report["generator"]["example"] == "a bright one"
+
+    one = write_labelled(tmp_path / "one", 4, 5, kinds=["dark"])
+    for arguments, message in (
+        (("--real", tmp_path / "nowhere"), "nowhere"),
+        (("--label-column", "grade"), "no column 'grade'"),
+        (("--real", one), "at least two classes"),
+        (("--label-fraction", "5"), "--label-fraction must be above 0"),
+        (("--rules", "magic:1"), "magic"),
+        (("--format", "zip"), "zip"),
+        (("--condition", "class_label"), "no latent classifier"),
+        (("--extractor", "timm:test_efficientnet@nowhere.pth"), "nowhere.pth"),
+        (("--test", data["real"]), "test images are among the labelled images"),
+    ):
+        result = command(*arguments, "--out", tmp_path / "bad")
+        assert result.exit_code == 2 and message in result.stderr, (arguments, result.stderr)
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
+
+
+def test_images_of_one_patient_stay_together_where_folds_leave_labels_out(data, tmp_path):
+    report = run(data, pipe_with_findings(), tmp_path / "out", fold_kind="labels", classifiers=[replace(CNN, steps=2)])
+    assert {row["real_images"] for row in report["utility"]["results"]} == {12}  # half of 24
