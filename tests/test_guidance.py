@@ -2,6 +2,8 @@
 
 import ast
 import json
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
@@ -184,6 +186,7 @@ def draw(scheduler, prediction_type, power, count=1000):
     latents = torch.randn(count, 1, 1, 1, generator=generator) * scheduler.init_noise_sigma
     options = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
     for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(latents, t)
         signal, noise = noise_coefficients(scheduler, t)
 
         def predict(x, signal=signal, noise=noise):
@@ -195,7 +198,6 @@ def draw(scheduler, prediction_type, power, count=1000):
             clean = (x - noise * eps) / signal
             return {"epsilon": eps, "v_prediction": signal * eps - noise * clean, "sample": clean}[prediction_type]
 
-        model_input = scheduler.scale_model_input(latents, t)
         indices = torch.zeros(count, dtype=torch.int64)
         guided = classifier.guided_prediction(predict, model_input, t, scheduler, indices, scale=1.0, clip=None)
         latents = scheduler.step(guided, t, latents, **options).prev_sample
@@ -476,6 +478,13 @@ class TestSaving:
         assert isinstance(load_pipeline(tmp_path / "second").classifier, MediSynLatentClassifier)
         for file in (tmp_path / "second").rglob("*.json"):
             assert str(tmp_path) not in file.read_text(), file
+
+    def test_a_fresh_process_loads_it_by_name(self, pipe, tmp_path):
+        """Diffusers refuses components of modules that nothing has imported."""
+        pipe.save_pretrained(tmp_path)
+        script = f"import medisyn; print(*medisyn.load_pipeline({str(tmp_path)!r}).classifier.classes, sep=', ')"
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert result.stdout.strip() == ", ".join(CLASSES), result.stderr
 
     def test_no_remote_code_is_run_unasked(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)

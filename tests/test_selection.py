@@ -261,6 +261,8 @@ def test_a_class_that_is_lost_is_warned_of(two_classes):
     selection = select(**two_classes, rules="confidence:0.5,diverse:5", probabilities=table, classes=["a", "b"])
     assert selection.report["kept"] == {"a": 5, "b": 0}
     assert "no image of 'b' is left of 40" in selection.report["warnings"]
+    single = select(**two_classes, rules="random:1").report["warnings"]
+    assert [each for each in single if each.startswith("only one image of 'a' is left of 40")]
     nothing = select(**two_classes, rules="confidence:1,duplicates:-1")
     assert not len(nothing.kept) and not len(nothing.baseline) and len(nothing.report["warnings"]) >= 2
 

@@ -106,7 +106,7 @@ class Outcome:
 
     Attributes:
         dropped: Index of each image that it drops, with the reason in words.
-        scores: Name -> one value per image, for all images (a sequence) or some (a mapping by index).
+        scores: Name -> one value per image, for all images (an array) or some (a mapping by index).
         thresholds: Per class, the number that decided.
         facts: What the report says of the rule.
         preference: Per image, higher is better; what later rules prefer of two images. None leaves it.
@@ -114,7 +114,7 @@ class Outcome:
     """
 
     dropped: dict[int, str]
-    scores: dict[str, Sequence | Mapping[int, Any]] = field(default_factory=dict)
+    scores: Mapping[str, np.ndarray | Mapping[int, Any]] = field(default_factory=dict)
     thresholds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     preference: np.ndarray | None = None

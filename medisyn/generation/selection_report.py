@@ -123,11 +123,14 @@ def random_selection(labels: np.ndarray, kept: np.ndarray, seed: int, repetition
 
 
 def find_warnings(diversity: dict[str, Any], warn_below: float) -> list[str]:
-    """One sentence for each class that lost all its images, and each measure whose ratio is below `warn_below`."""
+    """One sentence for each class with one image left or none, and for each ratio below `warn_below`."""
     warnings = []
     for label, compared in diversity["by_class"].items():
-        if not compared["after"]["images"]:
-            warnings.append(f"no image of {label!r} is left of {compared['before']['images']}")
+        left, before = compared["after"]["images"], compared["before"]["images"]
+        if not left:
+            warnings.append(f"no image of {label!r} is left of {before}")
+        elif left == 1 < before:
+            warnings.append(f"only one image of {label!r} is left of {before}: over-filtering cannot be measured")
     places = {"all classes together": diversity["overall"]}
     places |= {repr(label): compared for label, compared in diversity["by_class"].items()}
     for place, compared in places.items():

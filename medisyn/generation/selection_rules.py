@@ -119,7 +119,8 @@ class Centroid(Rule):
     def apply(self, pool: Pool, alive: np.ndarray, preference: np.ndarray) -> Outcome:
         """Drop what is nearer to another class, then the farther images."""
         distance, nearest = pool.centroid_distances
-        dropped, thresholds = {}, {}
+        dropped: dict[int, str] = {}
+        thresholds: dict[str, float] = {}
         for label, own in pool.members(alive).items():
             right = own[nearest[own] == label]
             dropped |= {int(i): f"its nearest centroid is that of {nearest[i]!r}" for i in own[nearest[own] != label]}
@@ -151,7 +152,8 @@ class Duplicates(Rule):
 
     def __post_init__(self) -> None:
         """Refuse what is no cosine."""
-        if self.threshold != "auto" and not (is_number(self.threshold) and -1 <= self.threshold <= 1):
+        number = self.threshold if is_number(self.threshold) else None
+        if self.threshold != "auto" and (number is None or not -1 <= float(number) <= 1):
             raise ValueError(f"the rule duplicates takes a cosine in -1..1 or auto, not {self.threshold!r}")
         if not (is_number(self.rate) and 0 <= self.rate < 1):
             raise ValueError(f"the rate of duplicates:auto must be at least 0 and below 1, not {self.rate!r}")

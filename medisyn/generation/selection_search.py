@@ -109,7 +109,7 @@ def _product(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def drop_near_duplicates(
-    features: np.ndarray, order: Sequence[int], threshold: float, search: str = "auto"
+    features: np.ndarray, order: Sequence[int] | np.ndarray, threshold: float, search: str = "auto"
 ) -> tuple[list[int], dict[int, tuple[int, float]]]:
     """Go through images in `order` and keep each unless it is too like one that was kept before.
 
@@ -125,12 +125,12 @@ def drop_near_duplicates(
     Returns:
         The kept indices in `order`, and for each dropped one the most similar kept image before it and the cosine.
     """
-    order = np.asarray(order, dtype=np.int64)
-    index = CosineIndex(features.shape[1], len(order) ** 2 // 2, search)
+    indices = np.asarray(order, dtype=np.int64)
+    index = CosineIndex(features.shape[1], len(indices) ** 2 // 2, search)
     kept: list[int] = []
     dropped: dict[int, tuple[int, float]] = {}
-    for start in range(0, len(order), BLOCK):
-        block = order[start : start + BLOCK]
+    for start in range(0, len(indices), BLOCK):
+        block = indices[start : start + BLOCK]
         similarity, row = index.best(features[block])
         rows = unit_rows(features[block])
         within = _product(rows, rows)

@@ -206,7 +206,10 @@ Choice = Callable[[str, np.ndarray, int], tuple[np.ndarray, dict[str, Any]]]
 
 def _choose_per_class(pool: Pool, alive: np.ndarray, rule: Any, score: str, choose: Choice) -> Outcome:
     """Keep `rule.amount` of each class, as `choose` picks them; the order of picking is the score."""
-    dropped, order, facts, warnings = {}, {}, {}, []
+    dropped: dict[int, str] = {}
+    order: dict[int, int] = {}
+    facts: dict[str, Any] = {}
+    warnings: list[str] = []
     for label, own in pool.members(alive).items():
         if not len(own):
             continue

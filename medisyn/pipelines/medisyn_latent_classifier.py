@@ -53,8 +53,8 @@ def noise_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[Tensor
 
     Of flow-matching schedules 1 - t / T and t / T, of all others sqrt(alpha_bar) and sqrt(1 - alpha_bar) (Ho et al.
     2020, eq. 4), between whole timesteps by the logarithm of their ratio. Samplers whose latents have another scale
-    (Euler and its kin) bring them to this one by `scale_model_input`. Those of Karras et al. 2022 (EDM) scale by
-    c_in = 1 / sqrt(sigma**2 + sigma_data**2), so that it is c_in and c_in * sigma.
+    (Euler and its kin) bring them to this one by `scale_model_input`, which must have been called. Those of Karras et
+    al. 2022 (EDM) scale by c_in = 1 / sqrt(sigma**2 + sigma_data**2), so that it is c_in and c_in * sigma.
 
     Args:
         scheduler: any diffusers scheduler for epsilon, v, sample or flow prediction.
@@ -72,6 +72,11 @@ def noise_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[Tensor
         sigma = torch.exp(4 * timestep)  # its timesteps are log(sigma) / 4
         signal = (sigma.square() + config.sigma_data**2).rsqrt()
         return signal, signal * sigma
+    if timestep.ndim == 0 and getattr(scheduler, "step_index", None) is not None:
+        # samplers that scale know the level exactly, where their timesteps may be rounded
+        scaled = torch.as_tensor(scheduler.scale_model_input(torch.ones(()), timestep)).float().to(timestep.device)
+        if scaled < 1:
+            return scaled, (1 - scaled.square()).sqrt()
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"classifier guidance needs a scheduler with alphas_cumprod, not {type(scheduler).__name__}")
     ratios = _log_ratios(scheduler.alphas_cumprod.to(timestep.device))

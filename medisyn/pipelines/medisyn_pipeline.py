@@ -15,12 +15,15 @@
     pipe("a chest X-ray, pneumonia", generator=torch.Generator().manual_seed(0)).images[0].save("image.png")
 """
 
+import copy
+import importlib
 import inspect
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +38,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers import DDPMScheduler, KarrasDiffusionSchedulers
-from diffusers.utils import logging
+from diffusers.utils import get_adapter_name, get_peft_kwargs, logging, recurse_remove_peft_layers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
@@ -595,13 +598,15 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self, sample: Tensor, t: Tensor, weights: Sequence[float], conditions: Mapping, cross_attention_kwargs
     ) -> Tensor:
         """What the UNet says about noised latents, its stages of guidance combined; differentiable."""
-        predictions = self.unet(
-            torch.cat([sample] * len(weights)).to(self.unet.dtype),
-            t,
-            **conditions,
-            cross_attention_kwargs=cross_attention_kwargs,
-            return_dict=False,
-        )[0].chunk(len(weights))
+        attention_kwargs = dict(cross_attention_kwargs or {})
+        with _scaled_lora(self.unet, attention_kwargs.pop("scale", 1.0)):
+            predictions = self.unet(
+                torch.cat([sample] * len(weights)).to(self.unet.dtype),
+                t,
+                **conditions,
+                cross_attention_kwargs=attention_kwargs or None,
+                return_dict=False,
+            )[0].chunk(len(weights))
         prediction = predictions[0]
         for weight, before, after in zip(weights[1:], predictions[:-1], predictions[1:], strict=True):
             prediction = prediction + weight * (after - before)
@@ -687,7 +692,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             callback_on_step_end: `callback(pipe, step, timestep, tensors)`, which may return changed tensors.
             callback_on_step_end_tensor_inputs: what the callback gets, some of `_callback_tensor_inputs`.
             negative_prompt_embeds: (1 or B, T, text_width) in place of `negative_prompt`.
-            cross_attention_kwargs: for the UNet's attention, such as `{"scale": 0.5}` for the weight of a LoRA.
+            cross_attention_kwargs: for the UNet's attention; `{"scale": 0.5}` weights LoRA layers in this call, the
+                text encoder's included.
             class_label: class of the classifier to lead to; one, or one for each element of the batch (None: none).
             classifier_guidance_scale: weight of the gradient of log p(class | noised latent), which is added to the
                 result of the other guidance: samples follow p(image) p(class | image) ** scale.
@@ -720,7 +726,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classes = None if class_label is None else self.check_classifier(class_label, *guidance, classifier)
 
         # 2. encode: embeddings and nulls of the kinds in use, and the image to start from
-        embeds, nulls = self._encode(given)
+        with _scaled_lora(self.text_encoder, (cross_attention_kwargs or {}).get("scale", 1.0)):
+            embeds, nulls = self._encode(given)
         inputs = embeds | {f"negative {kind}": null for kind, null in nulls.items()}
         if init_image is not None:
             pixels = self.image_processor.preprocess(init_image, height=height, width=width)
@@ -809,7 +816,20 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             index["_class_name"] = cls.__name__
         if not _IS_REMOTE_CODE and (index.get("classifier") or [None])[0] == "medisyn_latent_classifier":
             index["classifier"][0] = __name__.replace("medisyn_pipeline", "medisyn_latent_classifier")
+            importlib.import_module(index["classifier"][0])  # diffusers does not import what an index names
         return index
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in diffusers; what is saved has LoRA layers merged into its weights, as they are weighted now."""
+        names = [name for name in ("vae", "unet", "text_encoder") if getattr(self, name) is not None]
+        adapted = {name: getattr(self, name) for name in names}
+        try:
+            for name, module in adapted.items():
+                setattr(self, name, _merged(module))
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            for name, module in adapted.items():
+                setattr(self, name, module)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Write `model_index.json` and, beside it, this file; `save_pretrained` calls it last.
@@ -849,10 +869,26 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs) -> None:
         """As in diffusers; a pipeline without a text encoder takes adapters that have UNet weights only."""
-        if text_encoder is not None:
+        prefix = f"{cls.text_encoder_name}."
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if text_encoder is None:
+            if own:
+                raise ValueError("this adapter has text encoder weights, but the pipeline has no text encoder")
+        elif kwargs.get("hotswap") or any("_proj." in key for key in own) or not any(".lora_A." in key for key in own):
             super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
-        elif any(key.startswith(f"{cls.text_encoder_name}.") for key in state_dict):
-            raise ValueError("this adapter has text encoder weights, but the pipeline has no text encoder")
+        else:  # diffusers knows the layers of CLIP alone; this adapter is of BERT or T5, in peft's own format
+            from peft import LoraConfig
+
+            metadata = {key: value for key, value in (kwargs.get("metadata") or {}).items() if key.startswith(prefix)}
+            options = {key.removeprefix(prefix): value for key, value in metadata.items()}
+            ranks = {key: value.shape[1] for key, value in own.items() if key.endswith(".lora_B.weight")}
+            text_encoder.load_adapter(
+                adapter_state_dict=own,
+                peft_config=LoraConfig(**options or get_peft_kwargs(ranks, None, own)),
+                adapter_name=kwargs.get("adapter_name") or get_adapter_name(text_encoder),
+                low_cpu_mem_usage=kwargs.get("low_cpu_mem_usage", False),
+            )
+            text_encoder.to(device=text_encoder.device, dtype=text_encoder.dtype)
 
     def export_stable_diffusion(self, folder: str | Path) -> None:
         """Save as a plain `StableDiffusionPipeline` that gives the same images for the same latents.
@@ -876,7 +912,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if any(obstacles.values()):
             reasons = "; ".join(reason for reason, is_true in obstacles.items() if is_true)
             raise ValueError(f"this model cannot be saved as a StableDiffusionPipeline: {reasons}")
-        components = {"vae": vae, "text_encoder": text, "tokenizer": self.tokenizer, "unet": self.unet}
+        components = {"vae": vae, "text_encoder": _merged(text), "tokenizer": self.tokenizer}
+        components["unet"] = _merged(self.unet)
         components["scheduler"] = type(self.scheduler).from_config(scheduler)  # that pipeline changes its scheduler
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         StableDiffusionPipeline(**components, **absent).save_pretrained(folder)
@@ -891,6 +928,38 @@ def _align_weights(module: torch.nn.Module) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+
+
+@contextmanager
+def _scaled_lora(module: torch.nn.Module | None, scale: float) -> Iterator[None]:
+    """LoRA layers at `scale` times their weights; diffusers' own way would leave them at 1 after a scale of 0."""
+    layers: list[Any] = [] if module is None or scale == 1.0 else list(module.modules())
+    scaled = [layer for layer in layers if hasattr(layer, "scale_layer")]
+    weights = [dict(layer.scaling) for layer in scaled]
+    try:
+        for layer in scaled:
+            layer.scale_layer(scale)
+        yield
+    finally:
+        for layer, before in zip(scaled, weights, strict=True):
+            layer.scaling.update(before)
+
+
+def _merged(module: Any) -> Any:
+    """A module itself; of one with LoRA layers a copy that has them merged into its weights.
+
+    Saved as they are, such a UNet could not be loaded, and of a text encoder transformers would save the LoRA alone.
+    """
+    if not any(hasattr(layer, "scale_layer") for layer in module.modules()):
+        return module
+    module = copy.deepcopy(module)
+    for layer in module.modules():
+        if hasattr(layer, "scale_layer") and not (layer.merged or layer.disable_adapters):
+            layer.merge()
+    recurse_remove_peft_layers(module)
+    module.__dict__.pop("peft_config", None)
+    module._hf_peft_config_loaded = False
+    return module
 
 
 def _remove_paths(folder: Path) -> None:
