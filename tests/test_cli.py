@@ -242,7 +242,7 @@ def test_doctor_measures_and_explains(monkeypatch):
     findings = json.loads(result.stdout)
     assert findings["versions"]["medisyn"] == medisyn.__version__
     assert findings["devices"]["cpu"]["milliseconds"]["float32"] > 0
-    assert set(findings["extras"]) == {"eval", "medical", "demo", "track"}
+    assert set(findings["extras"]) == {"eval", "medical", "demo", "search", "ssl", "track"}
     assert any("HF_HUB_OFFLINE" in problem for problem in findings["problems"])
     missing = [name for name, modules in findings["extras"].items() if modules]
     assert all(any(f"medisyn[{name}]" in problem for problem in findings["problems"]) for name in missing)
