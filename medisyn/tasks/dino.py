@@ -14,7 +14,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ class DinoTask(TrainingTask):
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
         """Two global crops (2, 3, size, size) and the local ones (L, 3, size, size), normalised."""
         with seeded_globally(rng):
-            crops = self.augment(self.images.image(row))
+            crops = cast(list[Tensor], self.augment(self.images.image(row)))
         sample = {"global_crops": torch.stack(crops[:2])}
         return sample | ({"local_crops": torch.stack(crops[2:])} if crops[2:] else {})
 
