@@ -198,7 +198,7 @@ def create_autoencoder(preset: str = "mini") -> Autoencoder:
 
 
 def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
-    names = ("label_schema", "image_tokens", "conditions", "image_noise")
+    names = ("label_schema", "image_tokens", "conditions", "image_noise", "known_words")
     return {name: pipe.config[name] for name in names if name in pipe.config}
 
 
@@ -220,7 +220,7 @@ def _condition(condition: Condition | str, width: int, start: MediSynPipeline | 
 
 @torch.no_grad()
 def model_hash(pipe: MediSynPipeline) -> str:
-    """12 hex digits that name a model: its weights, latent scale, label schema and prediction type.
+    """12 hex digits that name a model: its weights, latent scale, label schema, classes and prediction type.
 
     Adapters that are loaded but not fused do not change it; they have a hash of their own.
     """
@@ -230,8 +230,10 @@ def model_hash(pipe: MediSynPipeline) -> str:
     digest = hashlib.blake2b(digest_size=6)
     facts = [scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]
     facts += [pipe.config[name] for name in ("image_noise",) if name in pipe.config]  # others keep their old hash
+    if pipe.classifier is not None:
+        facts += [list(pipe.classifier.classes), list(pipe.classifier.config.temperatures)]
     digest.update(json.dumps(facts).encode())
-    for component in ("vae", "unet", "text_encoder", "image_encoder"):
+    for component in ("vae", "unet", "text_encoder", "image_encoder", "classifier"):
         module = getattr(pipe, component)
         weights = {} if module is None else module.state_dict()
         weights = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}

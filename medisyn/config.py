@@ -59,6 +59,8 @@ class DataConfig:
     crop: Literal["center", "random", "pad"] = "center"
     random_crop_size: Positive | None = None  # pixels; with crop: random, train on crops of this size
     horizontal_flip: bool = False  # flip half of the images; rows with a stated laterality are never flipped
+    # column -> values: only these may be flipped (a mirrored chest has its heart on the wrong side); empty: all
+    flip_only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     balance_columns: tuple[str, ...] = ()  # draw rows by (1 / frequency of these columns' values) ** balance_power
     balance_power: Fraction = 0.5
     on_error: Literal["raise", "skip"] = "raise"  # an image that cannot be read: stop, or count and skip
@@ -234,8 +236,8 @@ class TrainConfig:
                 what = f"task.method={task.method}" if task.adapts else "task.prior"
                 raise ValueError(f"{what} needs a trained model: set task.base (preset: null)")
             for condition in task.conditions:
-                if isinstance(condition, TextConditionConfig) and condition.new_words and not task.adapts:
-                    raise ValueError("new_words are taught by an adapter (task.method lora or norm)")
+                if isinstance(condition, TextConditionConfig):
+                    self._check_words(condition, task)
                 if isinstance(condition, TextConditionConfig) and condition.train_encoder and task.adapts:
                     raise ValueError("train_encoder would change the frozen base; an adapter has lora.text_encoder")
                 if task.adapts and getattr(condition, "encoder", None) is not None:
@@ -243,6 +245,15 @@ class TrainConfig:
             kinds = [condition.type for condition in task.conditions]
             if len(set(kinds)) != len(kinds):
                 raise ValueError(f"task.conditions names a kind twice: {', '.join(kinds)}")
+
+    def _check_words(self, condition: TextConditionConfig, task: DiffusionTaskConfig) -> None:
+        if condition.new_words and (task.base is None or not (task.adapts or condition.train_encoder)):
+            raise ValueError(
+                "new_words are taught to the text encoder of task.base, by an adapter (task.method lora or norm) or "
+                "with train_encoder"
+            )
+        if condition.paraphrase and not condition.train_encoder:
+            raise ValueError("paraphrase needs train_encoder: the embeddings of a frozen text encoder are cached")
 
     def _check_dino(self, task: DinoTaskConfig) -> None:
         if self.data.crop != "center":

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 INDEX = "model_index.json"
-WITH_WEIGHTS = ("unet", "vae", "text_encoder", "image_encoder")
+WITH_WEIGHTS = ("unet", "vae", "text_encoder", "image_encoder", "classifier")
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 BESIDE_WEIGHTS = ("README.md", "training_images.json")  # the card and the record of training images

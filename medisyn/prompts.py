@@ -13,6 +13,7 @@ The template of a caption is ``{image type}[ of the {place}][ showing|with {find
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,17 @@ class DemoPrompt(NamedTuple):
 
     name: str
     prompt: str
+
+
+class Description(NamedTuple):
+    """What a canonical caption states: the arguments of `caption`."""
+
+    modality: str
+    finding: str
+    laterality: str | None = None
+    localization: str | None = None
+    age: int | None = None
+    sex: str | None = None
 
 
 def _same(*findings: str) -> dict[str, str]:
@@ -249,6 +261,42 @@ def caption(
         place="" if localization is None else " on the " + choose("localization", localization, SKIN_SITES),
         person="" if details["person"] is None else f" of a {age}-year-old {SEXES[choose('sex', sex, SEXES)]}",
     )
+
+
+def parse_caption(text: str) -> Description | None:
+    """What a sentence of `caption` states; None for any other text.
+
+    >>> parse_caption("dermoscopy image of melanoma on the back").localization
+    'back'
+    """
+    for entry, pattern in _PATTERNS:
+        match = pattern.fullmatch(text)
+        if match is None:
+            continue
+        found = {name: value for name, value in match.groupdict().items() if value is not None}
+        said = found.pop("finding")
+        finding = next(name for name, phrase in entry.findings.items() if phrase == said)
+        if "person" in found:
+            person = found.pop("person")
+            found["sex"] = next(sex for sex, noun in SEXES.items() if noun == person)
+        age = found.pop("age", None)
+        return Description(entry.name, finding, age=None if age is None else int(age), **found)
+    return None
+
+
+def _pattern(entry: Modality) -> re.Pattern[str]:
+    """The sentences of a modality as one regular expression with a group for each field."""
+    either = {
+        "finding": f"(?P<finding>{'|'.join(map(re.escape, entry.findings.values()))})",
+        "laterality": f"(?:(?P<laterality>{'|'.join(LATERALITIES)}) )?",
+        "place": f"(?: on the (?P<localization>{'|'.join(SKIN_SITES)}))?",
+        "person": f"(?: of a (?P<age>[0-9]+)-year-old (?P<person>{'|'.join(SEXES.values())}))?",
+    }
+    parts = re.split(r"[{](\w+)[}]", entry.template)
+    return re.compile("".join(either[part] if place % 2 else re.escape(part) for place, part in enumerate(parts)))
+
+
+_PATTERNS = tuple((entry, _pattern(entry)) for entry in MODALITIES)
 
 
 def demo_prompts() -> list[DemoPrompt]:

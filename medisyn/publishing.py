@@ -240,7 +240,8 @@ def _files(subject: Subject) -> list[tuple[Path, str]]:
         names = [name for name in (INDEX, CODE, TRAINING_RECORD) if (folder / name).is_file()]
         for part in (*WITH_WEIGHTS, *WITHOUT_WEIGHTS):
             inside = sorted((folder / part).glob("*")) if (folder / part).is_dir() else []
-            names += [f"{part}/{file.name}" for file in inside if file.suffix in TAKEN]
+            taken = (*TAKEN, ".py") if part == "classifier" else TAKEN  # the one component with code of its own
+            names += [f"{part}/{file.name}" for file in inside if file.suffix in taken]
     samples = subject.file(SAMPLES, "evaluation/samples.png")
     return [(folder / name, name) for name in names] + ([(samples, SAMPLES)] if samples else [])
 

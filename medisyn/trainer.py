@@ -270,7 +270,7 @@ class Trainer:
             self.ema.to(self.accelerator.device)  # loaded on the CPU
         step = int(checkpoint.name.removeprefix("step_"))
         for scheduler_group in self.optimizer.param_groups:  # train.steps may have changed, and with it the schedule
-            scheduler_group["lr"] = self.config.optim.learning_rate * learning_rate_factor(
+            scheduler_group["lr"] = scheduler_group["initial_lr"] * learning_rate_factor(
                 step, self.config.train.steps, self.config.optim
             )
         logger.info("resumed from %s", checkpoint)

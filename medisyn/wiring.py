@@ -56,16 +56,17 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
             new += _copy_projection(old, unet, before, _columns(widths))
         pipe.register_modules(unet=unet.train(old.training))
 
-    components = dict.fromkeys(pipe._optional_components)
+    present = {condition.kind for condition in conditions}
+    components = dict.fromkeys(name for name in pipe._optional_components if name != "classifier")
     settings: dict[str, Any] = {"label_schema": None, "image_tokens": "global"}
     settings |= {"image_noise": None} if pipe.config.get("image_noise") else {}
+    settings |= {"known_words": None} if pipe.config.get("known_words") and "text" not in present else {}
     for condition in conditions:
         for name, value in condition.components().items():
             (components if name in components else settings)[name] = value
     encoders = {name: getattr(pipe, name) for name in ("text_encoder", "image_encoder")}
     new += [name for name, had in encoders.items() if had is not None and components[name] not in (had, None)]
     pipe.register_modules(**components)
-    present = {condition.kind for condition in conditions}
     pipe.register_to_config(conditions="+".join(kind for kind in KINDS if kind in present) or None, **settings)
     if new:
         logger.info("newly initialised or replaced: %s", ", ".join(new))

@@ -140,6 +140,42 @@ def test_horizontal_flips_never_touch_a_stated_side(folder, tmp_path):
     assert flips == {0: {False}, 1: {False, True}}
 
 
+def test_flip_only_names_what_may_be_mirrored(folder, tmp_path):
+    data = {"horizontal_flip": True, "flip_only": {"kind": ["1"]}}
+    task = DiffusionTask(diffusion_config(folder, task={"cache_dir": str(tmp_path / "cache")}, data=data))
+    flips = {row: {task.sample(row, np.random.default_rng(s))["flip"] for s in range(20)} for row in (0, 1, 2)}
+    assert flips == {0: {False}, 1: {False, True}, 2: {False}}
+    data["flip_only"] = {"kind": ["7"]}
+    with pytest.raises(ValueError, match="data.flip_only: no row has kind='7'; values: 0, 1, 2"):
+        DiffusionTask(diffusion_config(folder, data=data))
+
+
+def test_captions_are_said_in_other_words_by_the_seed_of_the_item(folder):
+    text = {"type": "text", "train_encoder": True, "paraphrase": 0.5}
+    task = DiffusionTask(diffusion_config(folder, task={"conditions": [text]}))
+    glioma = "brain MRI slice showing a glioma"
+    worded = [task._worded(glioma, seed) for seed in range(200)]
+    assert worded == [task._worded(glioma, seed) for seed in range(200)]
+    assert 70 < worded.count(glioma) < 130 and len(set(worded)) > 10
+    assert task._worded(None, 0) is None and task._worded("bright square", 1) == "bright square"
+
+
+def test_a_trained_text_encoder_learns_new_words_and_records_all_that_it_knows(folder):
+    text = {"type": "text", "train_encoder": True, "paraphrase": 0.5, "new_words": ["sonogram"]}
+    base = write_base(folder / "base_with_words", kinds=("text",))
+    load = json.loads((base / "model_index.json").read_text()) | {"known_words": ["bright"]}
+    (base / "model_index.json").write_text(json.dumps(load))
+    task = {"base": str(base), "conditions": [text]}
+    pipe = load_pipeline(Trainer(diffusion_config(folder, "words", task=task, train={"steps": 1})).fit())
+    assert len(pipe.tokenizer("sonogram", add_special_tokens=False).input_ids) == 1
+    assert {"bright", "square", "disc", "radiograph"} <= set(pipe.config.known_words)
+    assert pipe.unknown_words("a dark square, OCT, sonogram 12 x") == {"oct": ["ct"]}
+
+
+def test_a_model_that_does_not_say_what_it_knows_finds_no_unknown_word(folder):
+    assert load_pipeline(folder / "base").unknown_words("whatever") == {}
+
+
 def test_the_exported_pipeline_names_its_training_images(folder):
     run = Trainer(diffusion_config(folder, "exported", train={"steps": 1})).fit()
     record = json.loads((run / "pipeline" / "training_images.json").read_text())

@@ -87,3 +87,24 @@ def test_the_sentences_are_those_of_the_corpus(shared_folder):
         if "age" in extra:
             extra["age"] = int(extra["age"])
         assert prompts.caption(row.modality, row.finding, **extra) == row.caption
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        prompts.Description("MRI", "no tumor"),
+        prompts.Description("fundus photography", "normal", laterality="right"),
+        prompts.Description("dermoscopy", "melanoma", localization="lower extremity", age=50, sex="female"),
+        prompts.Description("dermoscopy", "vascular lesion", age=7, sex="male"),
+    ],
+)
+def test_a_caption_is_read_back(described):
+    modality, finding, *details = described
+    names = ("laterality", "localization", "age", "sex")
+    assert prompts.parse_caption(prompts.caption(modality, finding, **dict(zip(names, details)))) == described
+
+
+def test_every_caption_is_read_back_and_nothing_else():
+    assert all(prompts.parse_caption(caption) is not None for caption in prompts.all_captions())
+    for text in ("", "brain MRI", "brain MRI slice showing a cataract", "a brain MRI slice showing a glioma", "CXR"):
+        assert prompts.parse_caption(text) is None

@@ -43,7 +43,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from medisyn import prompts
+from medisyn import paraphrases, prompts
 from medisyn.conditions.base import register_condition
 from medisyn.conditions.open_clip_towers import BOS, EOS, clear_pooler, load_open_clip
 
@@ -170,6 +170,7 @@ class TextCondition:
             raise ValueError("a new text encoder has to be trained: set train_encoder: true, or name an encoder")
         else:
             known = [*prompts.vocabulary(), *(caption for caption in captions if caption)]
+            known += paraphrases.known_phrases() if config.paraphrase else []
             window = {} if config.max_length is None else {"max_length": config.max_length}
             condition = cls.from_captions(known, config.hidden_size, config.num_layers, **window)
         condition.count_truncated(captions)

@@ -213,7 +213,7 @@ class ImageDataset:
         self._hashes[int(self.rows[index])] = content_hash
 
     def may_flip(self) -> np.ndarray:
-        """Per item, whether mirroring keeps its description true: no caption, label or column states a body side."""
+        """Per item, whether it is among `flip_only` and no caption, label or column states a body side."""
         stated = np.array([bool(caption and _STATES_A_SIDE.search(caption)) for caption in self.captions], dtype=bool)
         for i, labels in enumerate(self.labels):
             for name, value in (labels or {}).items():
@@ -222,6 +222,8 @@ class ImageDataset:
         for name in _SIDE_COLUMNS:
             with suppress(ValueError):  # no such column
                 stated |= np.array([_has_side(value) for value in self.column(name)], dtype=bool)
+        for name, allowed in self.config.flip_only.items():
+            stated |= np.array([str(value) not in allowed for value in self.column(name)], dtype=bool)
         return ~stated
 
     def sampling_weights(self) -> np.ndarray:
@@ -269,15 +271,17 @@ class ImageDataset:
         for name in (*single, *config.balance_columns, *config.label_columns.values(), *config.filter):
             if name is not None:
                 self._whole_column(name)
+        for key in ("filter", "flip_only"):
+            for name, wanted in getattr(config, key).items():
+                values = {str(value) for value in self._whole_column(name)}
+                if unknown := sorted(set(map(str, wanted)) - values):
+                    known = ", ".join(sorted(values)[:30])
+                    raise ValueError(f"data.{key}: no row has {name}={unknown[0]!r}; values: {known}")
 
     def _filtered_rows(self) -> np.ndarray:
         keep = np.ones(len(self._table), dtype=bool)
         for name, kept in self.config.filter.items():
             values = [str(value) for value in self._whole_column(name)]
-            unknown = set(map(str, kept)) - set(values)
-            if unknown:
-                known = ", ".join(sorted(set(values))[:30])
-                raise ValueError(f"data.filter: no row has {name}={sorted(unknown)[0]!r}; values: {known}")
             keep &= np.isin(np.array(values, dtype=object), list(map(str, kept)))
         if not keep.any():
             raise ValueError(f"no rows of {self._source!r} pass data.filter {self.config.filter}")

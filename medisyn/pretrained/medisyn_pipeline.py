@@ -16,13 +16,15 @@
 """
 
 import copy
+import difflib
 import importlib
 import inspect
 import json
 import math
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
@@ -60,6 +62,11 @@ EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds", "labels": "lab
 KINDS = tuple(EMBEDS_NAMES)
 NOISE_CHANNELS = 16  # of the noise level, behind the features of an image token
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | Tensor
+
+
+def words_of(texts: Iterable[str | None]) -> list[str]:
+    """The different words of texts in small letters; numbers and single letters are none."""
+    return list(dict.fromkeys(word for text in texts if text for word in re.findall(r"[^\W\d_]{2,}", text.lower())))
 
 
 # ---- labels as vectors ----
@@ -167,6 +174,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         conditions: the kinds that the UNet was built for, such as "text+labels"; by default those of the components. A
             model saved without its encoders keeps it and takes `prompt_embeds` and `image_embeds`.
         classifier: `MediSynLatentClassifier` of the noised latents, for `class_label`.
+        known_words: see `unknown_words`.
 
     Raises:
         ValueError: an unknown kind in `image_tokens` or `conditions`.
@@ -191,6 +199,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         conditions: str | None = None,
         classifier: torch.nn.Module | None = None,
         image_noise: dict | None = None,
+        known_words: list[str] | None = None,
     ) -> None:
         """Register the components; see the class."""
         super().__init__()
@@ -213,8 +222,10 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor, classifier=classifier)
         self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
-        if image_noise is not None:  # not written for models without it
-            self.register_to_config(image_noise=image_noise)
+        for name, value in {"image_noise": image_noise, "known_words": known_words}.items():
+            if value is not None:  # not written for models without it
+                self.register_to_config(**{name: value})
+        self._warned_of: set[str] = set()
         self.vae_scale_factor = 8
         if vae is not None:
             channels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
@@ -270,6 +281,25 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         mask = None if self.text_encoder.config.model_type == "clip_text_model" else tokens.attention_mask
         prompt_embeds = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
         return prompt_embeds
+
+    def unknown_words(self, prompt: str | Sequence[str | None]) -> dict[str, list[str]]:
+        """Words that no training caption had, each with the nearest known ones.
+
+        Empty where the model does not record what its text encoder, made for its captions, was taught (`known_words`,
+        small letters). Words of a loaded adapter count as known; numbers and single letters are not looked at.
+        """
+        if self.config.get("known_words") is None or self.tokenizer is None:
+            return {}
+        known = {*self.config.known_words, *words_of(self.tokenizer.get_added_vocab())}
+        words = words_of([prompt] if isinstance(prompt, str) else prompt)
+        return {word: difflib.get_close_matches(word, known) for word in words if word not in known}
+
+    def _warn_of_unknown_words(self, prompt: str | Sequence[str | None]) -> None:
+        for word, nearest in self.unknown_words(prompt).items():
+            if word not in self._warned_of:
+                self._warned_of.add(word)
+                hint = f"; the nearest known: {', '.join(map(repr, nearest))}" if nearest else ""
+                logger.warning(f"{word!r} is in no caption that this model was trained on{hint}")
 
     def encode_image(self, image: Images) -> Tensor:
         """Image tokens (B, 1, image_width), or (B, patches, image_width) for `image_tokens="patch"`.
@@ -541,6 +571,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         embeds: dict[str, Tensor] = {}
         for kind, name in zip(KINDS, ("prompt", "image", "labels"), strict=True):
             if given[name] is not None:
+                if name == "prompt":
+                    self._warn_of_unknown_words(given[name])
                 embeds[kind] = encoders[kind](given[name])
             elif given[EMBEDS_NAMES[kind]] is not None:
                 embeds[kind] = given[EMBEDS_NAMES[kind]]

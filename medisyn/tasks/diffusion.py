@@ -13,6 +13,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ from medisyn.data.preprocessing import Preprocessor
 from medisyn.decoder_adapter import find_decoder_lora, load_decoder_lora
 from medisyn.loading import base_name
 from medisyn.losses import diffusion_target, min_snr_weights
-from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.paraphrases import known_phrases, paraphrase
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline, words_of
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
 from medisyn.tasks.cached_images import CachedImages, MixedImages, mixing_weights, prior_data
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
@@ -45,9 +47,11 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of the training timesteps
 PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
+PHRASE_COUNT = 5  # how often each phrase of a paraphrase counts where words are looked for
 DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
 # streams of an item's seed: one for each use, so that adding a use does not change the others
 _POSTERIOR, _NOISE, _OFFSET, _UNIFORMS = range(4)
+_WORDING = 6  # 4 and 5 are the image condition's
 
 
 class DiffusionTask(TrainingTask):
@@ -77,6 +81,8 @@ class DiffusionTask(TrainingTask):
             logger.warning("no training image has %s: that condition is trained on its null alone", kind)
         self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
         self.dropout |= {c.type: c.dropout for c in self.options.conditions}
+        texts = (c for c in self.options.conditions if isinstance(c, TextConditionConfig))
+        self._paraphrase = next((c.paraphrase for c in texts), 0.0)
         # registered, hence trained and saved: what of the UNet and of every encoder requires a gradient
         self.unet = self.pipe.unet
         parts = (part for c in self.conditions if not c.cacheable for part in c.components().values())
@@ -112,6 +118,10 @@ class DiffusionTask(TrainingTask):
         for encoder in (base.text_encoder, base.image_encoder) if base is not None else ():
             if encoder is not None:
                 encoder.requires_grad_(False)  # a configured condition says otherwise
+        for condition in options.conditions if base is not None else ():
+            if isinstance(condition, TextConditionConfig) and condition.new_words:
+                self._add_words(base, condition, images)
+                extension.fuse_extensions(base)  # its text encoder is trained: the words become rows like the others
         built = [get_condition(c.type).from_config(c, images.captions, base) for c in options.conditions]
         if base is not None:
             for name in adapt_unet(base, built) if built else ():
@@ -137,12 +147,7 @@ class DiffusionTask(TrainingTask):
                 fields = schema.to_dict(rules=False)["fields"]
                 extension.extend_labels(base, fields, TRAINED, schema_name=schema.name)
             elif isinstance(condition, TextConditionConfig) and condition.new_words:
-                words: Sequence[str] = condition.new_words
-                if words == "auto":
-                    captions = [caption for caption in images.captions if caption]
-                    words = extension.new_words(captions, base.tokenizer)
-                    logger.info("new words: %s", ", ".join(words) or "none")
-                extension.extend_words(base, words, TRAINED)
+                self._add_words(base, condition, images)
             if condition.type not in base.kinds:
                 raise ValueError(f"the base has no {condition.type} condition, and an adapter cannot add one")
         prepare_adapter(base, options.method, options.lora)
@@ -152,6 +157,15 @@ class DiffusionTask(TrainingTask):
             self._norms = {name: value.detach().clone() for name, value in norm_parameters(base.unet).items()}
         for parameter in extension.extension_parameters(base, TRAINED).values():
             parameter.requires_grad_(True)
+
+    def _add_words(self, base: MediSynPipeline, condition: TextConditionConfig, images: ImageDataset) -> None:
+        words: Sequence[str] = condition.new_words
+        if words == "auto":
+            captions = [caption for caption in images.captions if caption]
+            paraphrases = known_phrases() if condition.paraphrase else []
+            words = extension.new_words([*captions, *PHRASE_COUNT * paraphrases], base.tokenizer)
+            logger.info("new words: %s", ", ".join(words) or "none")
+        extension.extend_words(base, words, TRAINED)
 
     def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
         """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
@@ -184,7 +198,7 @@ class DiffusionTask(TrainingTask):
         uniforms = seeded_uniform(seeds, 2 + len(self.conditions), _UNIFORMS)
         timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long().to(latents.device)
         keep = condition_dropout(self.dropout, uniforms[:, 1:], self.options.joint_dropout)
-        embeds = self._embeds(self.data, batch["row"].tolist(), batch["flip"].tolist())
+        embeds = self._embeds(self.data, batch["row"].tolist(), batch["flip"].tolist(), seeds.tolist())
         conditions = self._unet_conditions(noise_embeds(self.pipe, embeds, seeds), keep, len(latents))
         error = self._error(latents, noise, timesteps, conditions)
         snr, prediction_type = compute_snr(self.noising, timesteps), self.noising.config.prediction_type
@@ -200,17 +214,42 @@ class DiffusionTask(TrainingTask):
         return self.pipe.scale_latents(latents)
 
     def _embeds(
-        self, data: CachedImages | MixedImages, rows: Sequence[int], flips: Sequence[bool] | bool = False
+        self,
+        data: CachedImages | MixedImages,
+        rows: Sequence[int],
+        flips: Sequence[bool] | bool = False,
+        seeds: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """Embeddings of the conditions of these rows by kind, from the cache where there is one."""
+        """Embeddings of the conditions of these rows by kind, from the cache where there is one.
+
+        With seeds, captions are said in other words where the configuration asks for it.
+        """
         embeds = {}
         for condition in self.conditions:
             cached = data.embeddings(condition.kind, rows, flips)
             if cached is None:
-                embeds[condition.kind] = condition.encode(self.pipe, data.examples(rows))
+                examples = data.examples(rows)
+                if condition.kind == "text":
+                    for example, seed in zip(examples, seeds, strict=False):
+                        example["caption"] = self._worded(example["caption"], seed)
+                embeds[condition.kind] = condition.encode(self.pipe, examples)
             else:
                 embeds[condition.kind] = cached.to(self.pipe.device)
         return embeds
+
+    def _record_known_words(self) -> None:
+        """Of a text encoder that was made for the captions: what it was taught (see `unknown_words`)."""
+        known = self.pipe.config.get("known_words")
+        text = next((c for c in self.options.conditions if isinstance(c, TextConditionConfig)), None)
+        if text is None or not text.train_encoder or text.encoder or (self.options.base and known is None):
+            return
+        taught = words_of([*self.images.captions, *(known_phrases() if text.paraphrase else [])])
+        self.pipe.register_to_config(known_words=sorted({*(known or []), *taught}))
+
+    def _worded(self, caption: str | None, seed: int) -> str | None:
+        """The caption, or another wording of it: a share of the items, each by its seed alone."""
+        rng = Random(seed + _WORDING)
+        return paraphrase(caption, rng) if caption and rng.random() < self._paraphrase else caption
 
     def _unet_conditions(
         self, embeds: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None = None, batch_size: int = 1
@@ -290,6 +329,7 @@ class DiffusionTask(TrainingTask):
             decoder = find_training_record(lora.decoder)
             own = merge_training_records(own, *([decoder] if decoder else []))
         if not self.options.adapts:
+            self._record_known_words()
             self.pipe.save_pretrained(folder / "pipeline")
             write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))
             return
