@@ -32,7 +32,7 @@ class TextConditionConfig:
     max_length: Positive | None = None  # tokens; None: the encoder's own window, 24 for one built from the captions
     # words that an adapter teaches the text encoder; "auto": those of the captions that its tokenizer breaks to pieces
     new_words: Literal["auto"] | tuple[str, ...] = ()
-    # share of the captions that are said in other words (`medisyn.paraphrases`), anew at each step; needs train_encoder
+    # share of the captions that are said in other words at each step (`medisyn.paraphrases`); needs train_encoder
     paraphrase: Fraction = 0.0
     dropout: Fraction = 0.1  # probability of replacing the condition by its null
 

@@ -96,12 +96,13 @@ def test_guided_latents_are_of_the_class(run):
         assert probability(name, class_label=name) > max(probability(name) + 0.1, 0.5)
 
 
-def test_four_steps_are_two_and_two_more(folder):
+@pytest.mark.parametrize("task", [{"dropout": 0.2}, {"backbone_learning_rate": 1e-4}], ids=["dropout", "two rates"])
+def test_four_steps_are_two_and_two_more(folder, tmp_path, task):
     weights = []
     for name, stops in (("whole", (4,)), ("halves", (2, 4))):
         for steps in stops:
-            settings = {"steps": steps, "ema_decay": 0.9}
-            run = Trainer(config(folder, name, task={"dropout": 0.2}, train=settings)).fit()
+            changes = {"output_dir": str(tmp_path / name), "train": {"steps": steps, "ema_decay": 0.9}}
+            run = Trainer(config(folder, task=task, **changes)).fit()
         weights.append(load_file(run / "classifier" / "diffusion_pytorch_model.safetensors"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -199,6 +200,13 @@ class TestCommands:
         lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
         assert [line["class_label"] for line in lines] == ["0", "0", "2", "2"]
         assert {line["classifier_guidance_scale"] for line in lines} == {5.0}
+        elsewhere = [*arguments[:-1], str(tmp_path / "elsewhere"), "--classifier-guidance-interval", "0", "0.5"]
+        for clip, code in (("0.5", 0), ("0.5", 0), ("0.7", 2)):  # another one is another request
+            result = CliRunner().invoke(app, [*elsewhere, "--classifier-guidance-clip", clip])
+            assert result.exit_code == code, result.output
+        line = json.loads((tmp_path / "elsewhere" / "metadata.jsonl").read_text().splitlines()[0])
+        assert (line["classifier_guidance_interval"], line["classifier_guidance_clip"]) == ([0.0, 0.5], 0.5)
+        assert "classifier_guidance_clip" not in lines[0]
 
     @pytest.mark.parametrize(
         ("model", "label", "message"),

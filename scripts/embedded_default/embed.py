@@ -1,7 +1,6 @@
 r"""Put a trained pipeline into the package as the embedded default: half precision, files below 16 MB, 32 MB in all.
 
-python scripts/embedded_default/embed.py runs/embedded_default/continued medisyn/pretrained \
-    --vae runs/embedded_default/decoder_2
+python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
 """
 
 import shutil
