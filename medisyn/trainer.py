@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, send_to_device
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
@@ -96,6 +97,13 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._claim_folder()
         self.accelerator.wait_for_everyone()
+        self.states: Any = self.accelerator  # what prepares the model, and keeps and restores it
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded:
+            from medisyn.sharding import Sharding  # which asks for newer versions of torch and accelerate
+
+            self.states = Sharding(self.accelerator, config.task.type)
+        self.takes_part = self.accelerator.is_main_process or sharded  # in previews, validation and export
         torch.manual_seed(loop.seed)
         # the first process fills caches, the others then find them
         with self.accelerator.main_process_first():
@@ -105,18 +113,19 @@ class Trainer:
         )
         schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(step, loop.steps, config.optim))
         self.task = task
-        self.model, self.optimizer = self.accelerator.prepare(task, optimizer)
+        self.model, self.optimizer = self.states.prepare(task, optimizer)
         self.schedule = schedule
-        self.accelerator.register_save_state_pre_hook(self._leave_out_frozen)
-        self.accelerator.register_load_state_pre_hook(self._load_trained)
-        self.accelerator.register_for_checkpointing(schedule)
+        self.states.register_save_state_pre_hook(self._leave_out_frozen)
+        self.states.register_load_state_pre_hook(self._load_trained)
+        self.states.register_for_checkpointing(schedule)
         self.ema = None
         if loop.ema_decay:
+            # torch copies shards one by one only
             self.ema = EMAModel(
-                task.averaged_parameters(), decay=loop.ema_decay, use_ema_warmup=True, power=0.75, foreach=True
+                task.averaged_parameters(), decay=loop.ema_decay, use_ema_warmup=True, power=0.75, foreach=not sharded
             )
             self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
+            self.states.register_for_checkpointing(self.ema)
 
     def fit(self) -> Path:
         """Run (or resume) to the last step and export. Returns the run folder."""
@@ -176,24 +185,25 @@ class Trainer:
                 self._save_checkpoint(done)
         progress.close()
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if self.takes_part:
             with self._averaged_weights():
                 self.task.export(self.folder)
         accelerator.end_training()
         return self.folder
 
     def _observe(self, step: int) -> None:
-        """Previews and validation that fall on this step, with the averaged weights, on the main process."""
+        """Previews and validation that fall on this step, with the averaged weights; the main process writes."""
         loop = self.config.train
         wanted = [
             every and (step % every == 0 or step == loop.steps) for every in (loop.preview_every, loop.validate_every)
         ]
         if not any(wanted):
             return
-        if self.accelerator.is_main_process:
+        if self.takes_part:
             self.task.eval()
             with self._averaged_weights(), self.accelerator.autocast():
-                if wanted[0] and (picture := self.task.preview()) is not None:
+                picture = self.task.preview() if wanted[0] else None
+                if picture is not None and self.accelerator.is_main_process:
                     (self.folder / "previews").mkdir(exist_ok=True)
                     picture.save(self.folder / "previews" / f"step_{step:08d}.png")
                 if wanted[1]:
@@ -265,7 +275,7 @@ class Trainer:
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is None:
             return 0
-        self.accelerator.load_state(str(checkpoint))
+        self.states.load_state(str(checkpoint))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # loaded on the CPU
         step = int(checkpoint.name.removeprefix("step_"))
@@ -288,12 +298,12 @@ class Trainer:
         """Load what `_leave_out_frozen` left, and nothing less: an adapter is never dropped in silence."""
         models.clear()  # accelerate would ask for the frozen weights as well
         file = Path(folder) / "model.safetensors"
-        state, tensors = load_file(file), self.task.state_dict()
-        every = set(tensors)
+        state, every = load_file(file), set(self.task.state_dict())
         frozen = {name for name, parameter in self.task.named_parameters() if not parameter.requires_grad}
         # of weights with two names, such as T5's embedding, a checkpoint holds one
-        same = {tensors[name].data_ptr() for name in every & set(state) if tensors[name].numel()}
-        missing = {name for name in every - frozen - set(state) if tensors[name].data_ptr() not in same}
+        named = dict(self.task.named_parameters(remove_duplicate=False))
+        same = {id(named[name]) for name in named.keys() & set(state)}
+        missing = {name for name in every - frozen - set(state) if id(named.get(name)) not in same}
         wrong = sorted(missing | (set(state) - every))
         if wrong:
             raise ValueError(f"{file} is a checkpoint of another model: {wrong[0]} is only in one of the two")
@@ -305,7 +315,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        self.states.save_state(str(partial))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
