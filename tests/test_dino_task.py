@@ -182,6 +182,16 @@ def test_the_loss_is_the_cross_entropy_of_the_paper(folder):
     assert torch.allclose(task.criterion.center[0, 0], 0.1 * mean, rtol=1e-3, atol=1e-6)
 
 
+def test_sinkhorn_centring_shares_the_prototypes_out_evenly(folder):
+    used = {}
+    for centering in ("mean", "sinkhorn"):
+        task = make_task(folder, centering=centering)
+        with torch.no_grad():
+            used[centering] = task(batch_of(task, range(8)), 0)["prototype_entropy"].item()
+        assert bool(task.criterion.center.any()) == (centering == "mean")
+    assert used["sinkhorn"] > max(used["mean"], 0.95 * np.log(32))
+
+
 @pytest.mark.parametrize("registers", [0, 2])
 def test_training_goes_on_from_an_encoder_with_its_registers_and_record(folder, registers):
     lightly()

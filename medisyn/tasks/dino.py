@@ -33,6 +33,7 @@ from medisyn.training_record import find_training_record, merge_training_records
 
 try:
     from lightly.loss import DINOLoss, KoLeoLoss
+    from lightly.loss.swav_loss import sinkhorn
     from lightly.models.modules import DINOProjectionHead
     from lightly.transforms import DINOTransform
     from lightly.utils.scheduler import cosine_schedule
@@ -41,6 +42,7 @@ except ImportError as error:
 
 # families that take crops of any size as they are: the small local ones, and the resolution of the images at hand
 FAMILIES = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+SINKHORN_ITERATIONS = 3
 IMAGES_PER_PASS = 64  # where features are computed
 
 
@@ -72,7 +74,9 @@ class DinoTask(TrainingTask):
             "teacher_step", torch.tensor(0)
         )  # the step whose weights, before it, the teacher saw last
         self.criterion = DINOLoss(
-            options.prototypes, student_temp=options.student_temperature, center_momentum=options.center_momentum
+            options.prototypes,
+            student_temp=options.student_temperature,
+            center_momentum=options.center_momentum if options.centering == "mean" else 1.0,  # 1: it stays at zero
         )
         self.spread = KoLeoLoss()
         self._step = 0
@@ -109,6 +113,8 @@ class DinoTask(TrainingTask):
         with torch.autocast(crops.device.type, enabled=False):  # differences of probabilities, in full precision
             targets = taught.float()
             temperature = self._teacher_temperature(step)
+            if self.options.centering == "sinkhorn":  # logits whose softmax in the loss is the balanced assignment
+                targets = temperature * sinkhorn(targets, SINKHORN_ITERATIONS, temperature).clamp(min=1e-12).log()
             assigned = ((targets - self.criterion.center[0]) / temperature).softmax(-1)
             loss = self.criterion(list(targets.chunk(2)), [view.float() for view in views], teacher_temp=temperature)
             metrics = {"dino": loss.detach()}
