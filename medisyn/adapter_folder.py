@@ -10,7 +10,7 @@
       training_images.json               hashes of the training images
       README.md, samples.png             card and sample grid
 
-- The base is named by `medisyn.backbone.model_hash`, so an adapter on another model is refused, not silently wrong.
+- The base is named by `medisyn.backbone.base_hash`, so an adapter on another model is refused, not silently wrong.
 - No path of the machine that trained it is written.
 
     manifest = read_manifest("adapters/knee-osteoarthritis")
@@ -77,7 +77,7 @@ def make_manifest(
         name: Of the adapter.
         method: "lora" or "norm".
         base_model: "default", a Hub name or a folder's name, without its path.
-        base_hash: `medisyn.backbone.model_hash` of the base.
+        base_hash: `medisyn.backbone.base_hash` of the base.
         conditions: Kinds of condition that the adapted model takes.
         rank: Of a LoRA.
         alpha: Of a LoRA.

@@ -174,7 +174,7 @@ def augment(
         train=train,
         extractor=extractor,
         cache_dir=out / "features" if cache_dir is None else cache_dir,
-        group_column=group_column or "group_id",
+        group_column=group_column,
         baseline=out / "random",
         seed=seed,
         overwrite=True,

@@ -42,6 +42,7 @@ __all__ = [
     "Preset",
     "adapt_unet",
     "add_condition",
+    "base_hash",
     "create_autoencoder",
     "create_pipeline",
     "load_autoencoder",
@@ -218,26 +219,38 @@ def _condition(condition: Condition | str, width: int, start: MediSynPipeline | 
     return LabelsCondition(get_schema(name or "corpus_fundus")) if kind == "labels" else NoCondition()
 
 
-@torch.no_grad()
 def model_hash(pipe: MediSynPipeline) -> str:
     """12 hex digits that name a model: its weights, latent scale, label schema, classes and prediction type.
 
     Adapters that are loaded but not fused do not change it; they have a hash of their own.
     """
+    base, classifier = base_hash(pipe), pipe.classifier
+    if classifier is None:
+        return base
+    digest = hashlib.blake2b(digest_size=6)
+    digest.update(json.dumps([base, list(classifier.classes), list(classifier.config.temperatures)]).encode())
+    _add_weights(digest, "classifier", classifier)
+    return digest.hexdigest()
+
+
+def base_hash(pipe: MediSynPipeline) -> str:
+    """What adapters know their base by: the `model_hash` without a latent classifier, which they do not touch."""
     if (adapted := getattr(pipe, ADAPTERS, None)) is not None:
         return adapted.base_hash
     scale = {name: pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor")}
     digest = hashlib.blake2b(digest_size=6)
     facts = [scale, pipe.label_schema, pipe.scheduler.config.get("prediction_type")]
     facts += [pipe.config[name] for name in ("image_noise",) if name in pipe.config]  # others keep their old hash
-    if pipe.classifier is not None:
-        facts += [list(pipe.classifier.classes), list(pipe.classifier.config.temperatures)]
     digest.update(json.dumps(facts).encode())
-    for component in ("vae", "unet", "text_encoder", "image_encoder", "classifier"):
-        module = getattr(pipe, component)
-        weights = {} if module is None else module.state_dict()
-        weights = {name.replace(".base_layer.", "."): value for name, value in weights.items() if ".lora_" not in name}
-        for name, value in sorted(weights.items()):
-            digest.update(f"{component}.{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for component in ("vae", "unet", "text_encoder", "image_encoder"):
+        if (module := getattr(pipe, component)) is not None:
+            _add_weights(digest, component, module)
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def _add_weights(digest: "hashlib.blake2b", component: str, module: torch.nn.Module) -> None:
+    weights = {name.replace(".base_layer.", "."): v for name, v in module.state_dict().items() if ".lora_" not in name}
+    for name, value in sorted(weights.items()):
+        digest.update(f"{component}.{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

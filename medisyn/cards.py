@@ -248,8 +248,9 @@ def _metrics(report: Mapping[str, Any]):
             yield metric(score, "all", overall[score], images)
     nearest = report["nearest_training_image"]
     if "omitted" not in nearest:
-        values = {name: nearest[name]["median"] for name in ("synthetic", "real")}
-        yield metric("cosine distance to the nearest training image, median", "all", values, nearest["images"])
+        for score, title in (("percentile_1", "1st percentile"), ("median", "median")):
+            values = {name: nearest[name][score] for name in ("synthetic", "real")}
+            yield metric(f"cosine distance to the nearest training image, {title}", "all", values, nearest["images"])
 
 
 def _merged(sections: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:

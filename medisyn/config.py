@@ -20,9 +20,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from medisyn.config_parts import (
     STRICT,
+    AutoencoderTaskConfig,
     ConditionConfig,
     Count,
-    DecoderLoraConfig,
     DinoTaskConfig,
     Fraction,
     GuidedTaskConfig,
@@ -58,43 +58,14 @@ class DataConfig:
     resolution: Positive = 128  # pixels, square
     crop: Literal["center", "random", "pad"] = "center"
     random_crop_size: Positive | None = None  # pixels; with crop: random, train on crops of this size
-    horizontal_flip: bool = False  # flip half of the images; rows with a stated laterality are never flipped
+    # flip half of the images, never rows with a stated laterality; task dino flips crops of any row
+    horizontal_flip: bool = False
     # column -> values: only these may be flipped (a mirrored chest has its heart on the wrong side); empty: all
     flip_only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     balance_columns: tuple[str, ...] = ()  # draw rows by (1 / frequency of these columns' values) ** balance_power
     balance_power: Fraction = 0.5
     on_error: Literal["raise", "skip"] = "raise"  # an image that cannot be read: stop, or count and skip
     num_workers: Count = 0  # processes that load batches; of use where images are decoded in training
-
-
-@dataclass(frozen=True)
-class AutoencoderTaskConfig:
-    """Train an autoencoder: L1 + perceptual + KL, adversarial on request."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["autoencoder"] = "autoencoder"
-    preset: str | None = "mini"  # autoencoder of this preset, from scratch
-    base: str | None = None  # or continue from a folder or Hub name (a pipeline or an autoencoder)
-    train_encoder: bool = True  # False: the decoder alone; latents, and every model trained on them, stay valid
-    lora: DecoderLoraConfig | None = None  # an adapter of the decoder of `base`, a pipeline; all else is frozen
-    # most noise on the latents that the decoder sees, on the diffusion model's scale: what it draws is never exact
-    latent_noise: NonNegative = 0.0
-    pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
-    l1_weight: NonNegative = 1.0
-    l2_weight: NonNegative = 0.0
-    perceptual: Literal["none", "st-lpips", "lpips"] = "none"
-    perceptual_weights: str | None = None  # file of the perceptual network; None: torchmetrics' own download for lpips
-    perceptual_weight: NonNegative = 0.25
-    kl_weight: NonNegative = 1e-6  # AutoencoderKL only
-    adversarial_weight: NonNegative = 0.0  # 0: no discriminator
-    adversarial_start: Count = 0  # first step of the adversarial phase
-    discriminator_channels: Positive = 32
-    # class consistency: the decoder is tuned on a labelled set with the loss of an image classifier as well
-    class_weight: NonNegative = 0.0  # 0: no classifier
-    class_column: str = "finding"  # column with the class; "extra.x": key x of JSON extra
-    label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, that the set has
-    label_seed: int = 0  # chooses them
-    scale_images: Positive = 1024  # images from which the latent scale is fitted at the end
 
 
 @dataclass(frozen=True)
@@ -258,6 +229,8 @@ class TrainConfig:
     def _check_dino(self, task: DinoTaskConfig) -> None:
         if self.data.crop != "center":
             raise ValueError(f"data.crop={self.data.crop} does not go with task dino, which crops; valid here: center")
+        if self.data.flip_only:
+            raise ValueError("data.flip_only: task dino flips crops of any image; set data.horizontal_flip alone")
         sizes = {"data.resolution": self.data.resolution, "task.global_crop_size": task.global_crop_size}
         for name, size in (sizes | {"task.local_crop_size": task.local_crop_size}).items():
             if task.base is None and size and size % task.patch_size:

@@ -107,6 +107,36 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderTaskConfig:
+    """Train an autoencoder: L1 + perceptual + KL, adversarial on request."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["autoencoder"] = "autoencoder"
+    preset: str | None = "mini"  # autoencoder of this preset, from scratch
+    base: str | None = None  # or continue from a folder, Hub name or "default" (a pipeline or an autoencoder)
+    train_encoder: bool = True  # False: the decoder alone; latents, and every model trained on them, stay valid
+    lora: DecoderLoraConfig | None = None  # an adapter of the decoder of `base`, a pipeline; all else is frozen
+    # most noise on the latents that the decoder sees, on the diffusion model's scale: what it draws is never exact
+    latent_noise: NonNegative = 0.0
+    pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
+    l1_weight: NonNegative = 1.0
+    l2_weight: NonNegative = 0.0
+    perceptual: Literal["none", "st-lpips", "lpips"] = "none"
+    perceptual_weights: str | None = None  # file of the perceptual network; None: torchmetrics' own download for lpips
+    perceptual_weight: NonNegative = 0.25
+    kl_weight: NonNegative = 1e-6  # AutoencoderKL only
+    adversarial_weight: NonNegative = 0.0  # 0: no discriminator
+    adversarial_start: Count = 0  # first step of the adversarial phase
+    discriminator_channels: Positive = 32
+    # class consistency: the decoder is tuned on a labelled set with the loss of an image classifier as well
+    class_weight: NonNegative = 0.0  # 0: no classifier
+    class_column: str = "finding"  # column with the class; "extra.x": key x of JSON extra
+    label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, that the set has
+    label_seed: int = 0  # chooses them
+    scale_images: Positive = 1024  # images from which the latent scale is fitted at the end
+
+
+@dataclass(frozen=True)
 class LatentClassifierTaskConfig:
     """Train a classifier of noised latents, on a small labelled set, for guidance."""
 
@@ -134,8 +164,8 @@ class GuidedTaskConfig:
     """Distil a teacher with classifier guidance into a class-conditional student."""
 
     __pydantic_config__ = STRICT
+    base: str  # the teacher, without labels: folder, run folder or Hub name
     type: Literal["guided"] = "guided"
-    base: str = "default"  # the teacher: folder, run folder, Hub name or "default"
     classifier: str = ""  # folder or run of a latent classifier; "": the one that `base` carries
     method: Literal["full", "lora"] = "lora"  # what of the student's UNet is trained beside the label embedding
     lora: LoraConfig | None = None  # options of method: lora
@@ -199,7 +229,10 @@ class DinoTaskConfig:
     warmup_teacher_temperature: PositiveFloat = 0.04  # of the first step; linear to teacher_temperature
     temperature_warmup_steps: Count = 0
     student_temperature: PositiveFloat = 0.1
-    center_momentum: Fraction = 0.9
+    # how the teacher is kept from one answer for all: subtract the mean of its outputs, or share the prototypes out
+    # evenly among the images of a batch (Sinkhorn-Knopp, as in DINOv2), which a few obvious kinds of image need
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    center_momentum: Fraction = 0.9  # of centering: mean
     koleo_weight: NonNegative = 0.0  # spreads the global tokens of a batch (Sablayrolles et al. 2019, as in DINOv2)
     class_column: str | None = "finding"  # of validation and training rows, for the k-NN accuracy only
     neighbours: Positive = 20

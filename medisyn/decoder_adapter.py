@@ -26,7 +26,7 @@ from torch import nn
 
 from .adapter_folder import DECODER_WEIGHTS, read_manifest
 from .autoencoders import Autoencoder
-from .config import DecoderLoraConfig
+from .config_parts import DecoderLoraConfig
 from .loading import find_adapter
 
 TRAINED = "default"  # name of the adapter that is being trained
@@ -66,7 +66,7 @@ def find_decoder_lora(name_or_dir: str | Path, base_hash: str) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it belongs to another base than the one with this `model_hash`.
+        ValueError: it belongs to another base than the one with this `base_hash`.
     """
     folder = find_adapter(name_or_dir)
     file = folder / DECODER_WEIGHTS

@@ -77,28 +77,22 @@ def load_pipeline(
     precision: torch.dtype | None = (
         getattr(torch, choose("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
     )
-    if name_or_dir is None or str(name_or_dir) == DEFAULT:
-        folder = _model_folder(Path(str(resources.files("medisyn"))) / "pretrained")
-        if folder is None:
-            raise FileNotFoundError(
-                "no embedded model (medisyn/pretrained) in this installation; name a folder or Hub model"
-            )
-    else:
-        folder = _find_model(name_or_dir)
-    pipe = _load_folder(folder, precision)
+    is_embedded = name_or_dir is None or str(name_or_dir) == DEFAULT
+    pipe = _load_folder(_embedded_folder() if is_embedded else _find_model(name_or_dir), precision)
     if adapter is not None:
         _load_adapters(pipe, adapter)
     return pipe
 
 
 def load_autoencoder(name_or_dir: str | Path) -> Autoencoder:
-    """The autoencoder of a folder or Hub name: a pipeline's, a run's (`vae/`) or one by itself.
+    """The autoencoder of a folder or Hub name: a pipeline's, a run's (`vae/`) or one by itself; or "default".
 
     Raises:
         FileNotFoundError, PermissionError: as for `load_pipeline`.
         ValueError: another kind of component, or pickled weights only.
     """
-    name, folder = str(name_or_dir), Path(name_or_dir).expanduser()
+    name = str(name_or_dir)
+    folder = _embedded_folder() if name == DEFAULT else Path(name_or_dir).expanduser()
     places = [folder / "pipeline" / "vae", folder / "vae", folder]
     found = next((place for place in places if (place / "config.json").is_file()), None)
     if found is None:
@@ -121,6 +115,15 @@ def base_name(name_or_dir: str) -> str:
         return name_or_dir
     folder = folder.resolve()
     return folder.parent.name if folder.name == "pipeline" else folder.name
+
+
+def _embedded_folder() -> Path:
+    folder = _model_folder(Path(str(resources.files("medisyn"))) / "pretrained")
+    if folder is None:
+        raise FileNotFoundError(
+            "no embedded model (medisyn/pretrained) in this installation; name a folder or Hub model"
+        )
+    return folder
 
 
 def _model_folder(folder: Path) -> Path | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import extension
 from .adapter_folder import DECODER_WEIGHTS, LORA_WEIGHTS, NORM_WEIGHTS, read_manifest, weights_hash
 from .adapter_training import norm_parameters
-from .backbone import model_hash
+from .backbone import base_hash
 from .decoder_adapter import (
     decoder_adapters,
     fuse_decoder_adapters,
@@ -68,12 +68,6 @@ def loaded_adapters(pipe: MediSynPipeline) -> dict[str, LoadedAdapter]:
     """The adapters of a pipeline by name."""
     state: _State | None = getattr(pipe, ADAPTERS, None)
     return {} if state is None else state.adapters
-
-
-def base_hash(pipe: MediSynPipeline) -> str:
-    """`model_hash` of what lies under a pipeline's adapters."""
-    state: _State | None = getattr(pipe, ADAPTERS, None)
-    return model_hash(pipe) if state is None else state.base_hash
 
 
 def load_adapter(
@@ -230,7 +224,7 @@ def _require_base(pipe: MediSynPipeline, under: str, manifest: Mapping[str, Any]
         return
     source = pipe.config.get("_name_or_path")
     if pipe.unet.dtype != torch.float32 and source and Path(source).is_dir():
-        under = model_hash(load_pipeline(source))  # the hash is that of float32 weights
+        under = base_hash(load_pipeline(source))  # the hash is that of float32 weights
         if under == expected:
             return
     raise ValueError(

@@ -11,6 +11,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ def read_training_record(folder: str | Path) -> dict[str, Any] | None:
 
 
 def find_training_record(name_or_dir: str | Path) -> dict[str, Any] | None:
-    """The record of a model or autoencoder named as for `load_pipeline`: a folder, a run, or a downloaded Hub name."""
-    folder = Path(name_or_dir).expanduser()
+    """The record of a model or autoencoder named as for `load_pipeline`.
+
+    A folder, a run, a downloaded Hub name, or "default", the embedded model.
+    """
+    embedded = Path(str(resources.files("medisyn"))) / "pretrained"
+    folder = embedded if str(name_or_dir) == "default" else Path(name_or_dir).expanduser()
     if not folder.exists():
         from huggingface_hub import try_to_load_from_cache
 

@@ -2,6 +2,7 @@
 
 - For each data set of the corpus: `medisyn augment` with the model that was trained on the same 5 % of the labels
   (`label_seed`), selection on, off, and random; small CNN and probe.
+- The model has seen all training images, so candidates are compared with all of them, not with the labelled 5 % alone.
 - Of the test images of brain_tumor_mri, 12 of 210 are copies of training images: `--drop-overlap` leaves them out.
 - MODELS has a folder for each data set, such as MODELS/wbc_bloodcell/pipeline. The same command again continues.
 
@@ -31,6 +32,7 @@ def main() -> None:
     for name in arguments.datasets.split(","):
         command = ["augment", "--real", f"{arguments.corpus}/train-*.parquet"]
         command += ["--test", f"{arguments.corpus}/validation-*.parquet", "--where", f"dataset={name}"]
+        command += ["--train", f"{arguments.corpus}/train-*.parquet", "--cache", str(Path(arguments.out) / "features")]
         command += ["--label-fraction", arguments.label_fraction, "--model", str(Path(arguments.models) / name)]
         command += ["--classifier", "cnn,probe", "--out", str(Path(arguments.out) / name), *others]
         print("medisyn", shlex.join(command), flush=True)

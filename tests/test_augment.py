@@ -1,8 +1,13 @@
 """Augmentation, end to end, on a tiny model: what it asks for, keeps, writes and measures, and what it refuses."""
 
 import json
+import runpy
+import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 from typer.testing import CliRunner
 
@@ -88,6 +93,19 @@ def test_from_a_few_labelled_images_to_an_augmented_set_and_its_worth(data, tmp_
     assert set(results[-1]["against"]) == {"random selection", "all candidates"}
     text = (tmp_path / "out" / "augment.md").read_text()
     assert "McNemar" in text and "asked by labels" in text and "Strategy against strategy" in text
+
+
+def test_labelled_images_need_no_patients(data, tmp_path):
+    """Neither does any image need a column group_id, nor is one asked for."""
+    sources = {}
+    for name in ("real", "test"):
+        folder = shutil.copytree(data[name], tmp_path / name)
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        lines = [json.dumps({key: value for key, value in row.items() if key != "group_id"}) for row in rows]
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+        sources[name] = str(folder)
+    report = run(data | sources, pipe_with_findings(), tmp_path / "out")
+    assert report["utility"]["patients_known"] is False and report["dataset"]["real"] == 24
 
 
 def test_the_same_call_continues_and_gives_the_same(data, tmp_path):
@@ -212,6 +230,23 @@ def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(da
         assert result.exit_code == 2 and message in result.stderr, (arguments, result.stderr)
         assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "bad").exists()
+
+
+def test_the_script_compares_candidates_with_all_that_the_model_has_seen(data, tmp_path, monkeypatch):
+    """Not with the labelled share alone."""
+    for part, name in (("train", "real"), ("validation", "test")):
+        images = load_images(data[name])
+        columns = {column: images.column(column) for column in ("finding", "group_id")}
+        columns |= {"image": [images.image(row) for row in range(len(images))], "dataset": ["tiny"] * len(images)}
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{part}-0.parquet")
+    pipe_with_findings().save_pretrained(tmp_path / "models" / "tiny")
+    arguments = ["--corpus", tmp_path, "--models", tmp_path / "models", "--out", tmp_path / "out"]
+    arguments += ["--datasets", "tiny", "--extractor", data["extractor"]]
+    arguments += ["--label-fraction", 0.5, "--ratio", 1, "--rules", "duplicates:0.9999", "--regimes", "both", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["augment_small_dataset.py", *map(str, arguments)])
+    runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "augment_small_dataset.py"))["main"]()
+    selection = json.loads((tmp_path / "out" / "tiny" / "selected" / "selection.json").read_text())
+    assert (selection["counts"]["real"], selection["counts"].get("train")) == (12, 12)
 
 
 def test_images_of_one_patient_stay_together_where_folds_leave_labels_out(data, tmp_path):

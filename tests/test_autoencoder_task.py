@@ -2,18 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch.nn.functional import pixel_unshuffle
 
+from medisyn import loading
 from medisyn.autoencoders import fit_latent_scale, initialize_from_pca
 from medisyn.backbone import create_autoencoder, load_autoencoder
 from medisyn.perceptual import ShiftTolerantLPIPS, _MeanLPIPS, build_perceptual
 from medisyn.tasks.autoencoder import AutoencoderTask
 from medisyn.tasks.judges import adversarial_losses
 from medisyn.trainer import Trainer
-from medisyn.training_record import read_training_record
+from medisyn.training_record import read_training_record, write_training_record
 from tests.components import tiny_vae
 from tests.training import autoencoder_config, write_base, write_images
 
@@ -124,6 +126,29 @@ def test_a_run_exports_a_stock_autoencoder_with_a_fitted_scale(folder):
     report = json.loads((run / "latent_scale.json").read_text())
     assert report["scaling_factor"] == pytest.approx(vae.config.scaling_factor)
     assert len(read_training_record(run / "vae")["hashes"]) == 24
+
+
+def test_the_autoencoder_of_the_embedded_default_is_trained_further(folder, tmp_path, monkeypatch):
+    write_base(tmp_path / "pretrained")
+    write_training_record(tmp_path / "pretrained", {"hashes": ["0" * 16], "datasets": []})
+    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
+    config = autoencoder_config(folder, "further", task={"base": "default"}, train={"steps": 1})
+    hashes = read_training_record(Trainer(config).fit() / "vae")["hashes"]
+    assert len(hashes) == 25 and "0" * 16 in hashes
+
+
+def test_images_of_a_stated_side_or_kind_are_not_mirrored(folder, tmp_path):
+    images = write_images(tmp_path / "images", 6)
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"laterality": "left" if place == 4 else None}) for place, row in enumerate(rows)]
+    (images / "metadata.jsonl").write_text("\n".join(lines))
+    data = {"source": str(images), "horizontal_flip": True, "flip_only": {"kind": ["1"]}}
+    task = AutoencoderTask(autoencoder_config(folder, data=data))
+
+    def versions(row):
+        return {task.sample(row, np.random.default_rng(seed))["images"].numpy().tobytes() for seed in range(20)}
+
+    assert [len(versions(row)) for row in range(6)] == [1, 2, 1, 1, 1, 1]
 
 
 def test_training_lowers_the_reconstruction_error(folder):

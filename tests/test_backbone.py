@@ -233,9 +233,12 @@ class TestLoading:
         monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
         with pytest.raises(FileNotFoundError, match="no embedded model"):
             load_pipeline()
+        with pytest.raises(FileNotFoundError, match="no embedded model"):
+            load_autoencoder("default")
         pipe = tiny_pipeline()
         pipe.save_pretrained(tmp_path / "pretrained")
         assert model_hash(load_pipeline()) == model_hash(pipe)
+        assert isinstance(load_autoencoder("default"), AutoencoderDC)
 
     def test_a_missing_model_lists_what_was_tried(self, tmp_path):
         with pytest.raises(

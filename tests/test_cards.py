@@ -204,6 +204,12 @@ class TestReport:
         assert (second["value"], second["real"]) == (0.7, 0.9)
         assert (kappa["name"], kappa["value"], kappa["real"]) == ("modality, quadratic-weighted kappa", 0.6, None)
 
+    def test_copies_show_in_the_nearest_one_percent(self):
+        distances = {name: {"percentile_1": 0.01, "median": 0.2} for name in ("synthetic", "real")}
+        *_, nearest, median = metrics_of_report(REPORT | {"nearest_training_image": {"images": 90} | distances})
+        assert nearest["name"] == "cosine distance to the nearest training image, 1st percentile"
+        assert (nearest["value"], nearest["real"], median["value"]) == (0.01, 0.01, 0.2)
+
     def test_something_else_is_refused(self):
         with pytest.raises(ValueError, match="not a report of medisyn evaluate"):
             metrics_of_report({"accuracy": 1.0})

@@ -82,6 +82,8 @@ def test_the_type_selects_the_task_and_the_conditions():
             "zero_terminal_snr",
         ),
         ({"task": {"type": "diffusion", "vae": "v"}, "data": {"source": "x", "crop": "random"}}, "cached latents"),
+        ({"task": {"type": "guided"}}, "base is missing"),
+        ({"task": {"type": "dino"}, "data": {"source": "x", "flip_only": {"kind": ["CT"]}}}, "data.flip_only"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(changes, message):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from medisyn.adapter_folder import DECODER_WEIGHTS, LORA_WEIGHTS
+from medisyn.guidance import attach_classifier
 from medisyn.loading import load_pipeline
 from medisyn.lora import fuse_adapters, load_adapter, loaded_adapters, set_adapters, unload_adapters
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
 from tests.training import autoencoder_config, diffusion_config, write_base, write_images
@@ -89,6 +91,16 @@ def test_a_lora_takes_a_decoder_along(folder):
     before = decode(load_pipeline(folder / "base"))
     unload_adapters(pipe)
     assert torch.equal(decode(pipe), before)
+
+
+def test_a_base_that_carries_a_classifier_takes_the_decoder_too(folder, tmp_path):
+    pipe = load_pipeline(folder / "base")
+    attach_classifier(pipe, MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, ("bright", "dark")))
+    pipe.save_pretrained(tmp_path / "base")
+    write_images(tmp_path / "images")
+    lora = {"rank": 2, "decoder": str(folder / "decoder")}
+    config = diffusion_config(tmp_path, task={"method": "lora", "lora": lora}, train={"steps": 1})
+    assert (Trainer(config).fit() / "adapter" / DECODER_WEIGHTS).is_file()
 
 
 def test_a_decoder_of_another_base_is_refused_with_both_hashes(folder, tmp_path):

@@ -11,7 +11,7 @@ from medisyn.config import DiffusionTaskConfig
 from medisyn.data.loading import load_images
 from medisyn.tasks.diffusion import DiffusionTask
 from medisyn.trainer import Trainer
-from medisyn.training_record import read_training_record
+from medisyn.training_record import read_training_record, write_training_record
 from tests.components import LABEL_SCHEMA, tiny_image_encoder, tiny_vae
 from tests.training import CAPTIONS, diffusion_config, write_base, write_images
 
@@ -196,6 +196,19 @@ def test_a_fine_tuned_model_keeps_the_record_of_its_base(folder, tmp_path):
         ("images", "CC0"),
         ("others", "not stated"),
     }
+
+
+def test_the_record_of_an_image_encoder_is_kept(folder, tmp_path):
+    """What its encoder has seen, the model has seen."""
+    for part in tiny_image_encoder():
+        part.save_pretrained(tmp_path / "encoder")
+    seen = {"hashes": ["0" * 16], "datasets": [{"name": "unlabelled", "license": "CC0", "images": 1}]}
+    write_training_record(tmp_path / "encoder", seen)
+    task = {"conditions": [{"type": "image", "encoder": str(tmp_path / "encoder")}]}
+    run = Trainer(diffusion_config(folder, "embedded", task=task, train={"steps": 1})).fit()
+    record = read_training_record(run / "pipeline")
+    assert set(record["hashes"]) == {"0" * 16, *load_images(folder / "images").hashes()}
+    assert {entry["name"] for entry in record["datasets"]} == {"images", "unlabelled"}
 
 
 def test_a_condition_without_data_is_reported(folder, caplog):

@@ -160,6 +160,18 @@ def test_embeddings_condition_the_images_and_come_from_the_cache(pipe, images, e
         assert np.abs(np.asarray(Image.open(file), int) - np.asarray(expected, int)).max() <= 1
 
 
+@pytest.mark.parametrize("text", ["reconstruction", "interpolation:across=true", "mixture:neighbours=2"])
+def test_exact_numbers_of_each_class_are_those_draws_that_still_count(pipe, images, text):
+    wanted = {"0": 11, "2": 3}
+    requests = like_requests(pipe, text, images, wanted, seed=3, label_column="kind")
+    labels = [request.columns["kind"] for request in requests]
+    assert {label: labels.count(label) for label in labels} == wanted
+    many = {each.seed: each for each in like_requests(pipe, text, images, 200, seed=3, label_column="kind")}
+    assert all(many[request.seed] == request for request in requests)
+    with pytest.raises(ValueError, match="class of the real images 'other'.*0, 1, 2"):
+        like_requests(pipe, text, images, {"0": 1, "other": 1}, label_column="kind")
+
+
 # ---- the learned prior ----------------------------------------------------------------------------------------------
 
 

@@ -1,15 +1,20 @@
 """Classifier-guided fine-tuning: the target, who is taught what, exact resume, and the student that comes out."""
 
 import json
+import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from medisyn.backbone import load_pipeline
+from medisyn.cli import app
 from medisyn.config import TrainConfig, parse_config
 from medisyn.guidance import attach_classifier
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
+from medisyn.tasks import guided
 from medisyn.tasks.guided import GuidedTask
 from medisyn.tasks.labelled_rows import UNLABELLED, labelled_weights
 from medisyn.trainer import Trainer
@@ -247,6 +252,11 @@ def test_a_full_student_is_exported_with_the_averaged_weights_and_watched_meanwh
     )
     run = Trainer(config).fit()
     assert draw(load_pipeline(run), "grey", guidance_scale=2.0).shape == (1, 3, 32, 32)
+    (command,) = (line for line in guided.__doc__.splitlines() if "medisyn generate" in line)
+    command = re.sub(r"finding=\w+", "finding=dark", command.replace("runs/guided", str(run)))
+    options = ["--steps", "2", "--out", str(folder / "drawn")]
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], *options])
+    assert (result.exit_code, result.stderr) == (0, "") and len(list((folder / "drawn").glob("0*.png"))) == 1
     assert not (run / "adapter").exists() and (run / "previews" / "step_00000002.png").is_file()
     last = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()][-1]
     assert {f"validation/{name}" for name in ("error", "null_error", "distillation_error")} <= set(last)

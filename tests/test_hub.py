@@ -213,6 +213,37 @@ def test_push_survives_a_failure_and_the_result_loads_by_name(hub, tmp_path):
     assert code == 2 and "or a private one" in stderr
 
 
+def test_a_classifier_comes_along_without_its_code(hub, tmp_path):
+    from medisyn.backbone import model_hash
+    from medisyn.publishing import publish
+    from tests.test_publishing import make_run, pipeline_with_classifier
+
+    pipe, name = pipeline_with_classifier(), "owner/guided"
+    hub.add(name, publish(make_run(tmp_path / "run", pipe), name, dry_run=tmp_path / "repository"))
+    hub.requests.clear()
+    done = hub.python(
+        f"""
+        import medisyn
+        from medisyn.backbone import model_hash
+        pipe = medisyn.load_pipeline({name!r})
+        print(model_hash(pipe), *pipe.classifier.classes)
+        """
+    )
+    assert done.stdout.split() == [model_hash(pipe), "benign", "malignant"], done.stderr
+    assert not [path for _, path in hub.requests if path.endswith(".py")]
+    stock = hub.python(
+        f"""
+        import sys
+        sys.modules["medisyn"] = None
+        from diffusers import DiffusionPipeline
+        pipe = DiffusionPipeline.from_pretrained({name!r}, trust_remote_code=True)
+        print(pipe(class_label="benign", num_inference_steps=1).images[0].size)
+        """,
+        cache="another-cache",
+    )
+    assert stock.stdout.strip() == "(32, 32)", stock.stderr
+
+
 def test_push_without_a_right_token(hub, tmp_path):
     from tests.test_publishing import make_run
 

@@ -15,7 +15,9 @@ from medisyn.adapter_training import norm_parameters, prepare_adapter
 from medisyn.backbone import load_pipeline, model_hash
 from medisyn.config import DataConfig, LoraConfig, PriorConfig
 from medisyn.generation.provenance import adapter_hash
+from medisyn.guidance import attach_classifier
 from medisyn.lora import fuse_adapters, load_adapter, loaded_adapters, set_adapters, unload_adapters
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.tasks.cached_images import prior_data
 from medisyn.tasks.diffusion import DiffusionTask
 from medisyn.trainer import Trainer, latest_checkpoint
@@ -148,6 +150,23 @@ def test_another_base_is_refused_and_both_hashes_are_named(folder, trained):
 def test_the_same_base_in_half_precision_is_the_same_base(folder, trained):
     pipe = load_pipeline(folder / "base", adapter=trained["lora"], dtype="bfloat16")
     assert loaded_adapters(pipe)
+
+
+def test_a_classifier_makes_another_model_of_the_same_base(folder, tmp_path):
+    """Adapters of the base go onto it with and without the classifier."""
+    tasks, once = {"on_plain": {}, "on_carrying": {"base": str(tmp_path / "carrying")}}, {"steps": 1}
+    pipe = load_pipeline(folder / "base")
+    plain, classes = model_hash(pipe), ("bright", "dark")
+    attach_classifier(pipe, MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, classes))
+    pipe.save_pretrained(tmp_path / "carrying")
+    carrying = model_hash(pipe)
+    for name, task in tasks.items():
+        Trainer(adapter_config(folder, name, task | {"lora": {"rank": 2}}, train=once)).fit()
+        assert loaded_adapters(load_pipeline(folder / "base", adapter=folder / name))
+        load_adapter(pipe, folder / name)
+    assert carrying != plain and model_hash(pipe) == carrying
+    attach_classifier(pipe, None)
+    assert model_hash(pipe) == plain
 
 
 def test_adapters_mix_by_weight_and_leave_no_trace(folder, trained):

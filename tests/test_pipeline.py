@@ -282,6 +282,24 @@ class TestGuidance:
         everywhere = sample(pipe, "x", guidance_scale=1.0)
         np.testing.assert_array_equal(sample(pipe, "x", guidance_scale=5.0, guidance_interval=(0, 0)), everywhere)
 
+    @pytest.mark.parametrize("scale", [4.0, {"text": 5.0, "labels": 2.0}])
+    def test_rescaling_brings_the_deviation_back_to_that_of_the_conditional_prediction(self, scale):
+        pipe = tiny_pipeline(("text", "labels"))
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+        noise = torch.randn(1, 4, 4, 4, generator=seeds(0)[0])
+        options = {"latents": noise, "num_inference_steps": 1, "output_type": "latent", "guidance_scale": scale}
+        result = pipe("x", labels="gc=1", guidance_rescale=0.7, **options).images
+        t = pipe.scheduler.timesteps[0]
+        null, text, both = self.predictions(pipe, "x", "gc=1", noise, t)
+        weights = (4.0, 4.0) if scale == 4.0 else (5.0, 2.0)
+        guided = null + weights[0] * (text - null) + weights[1] * (both - text)
+        guided = 0.7 * guided * both.std() / guided.std() + 0.3 * guided  # Lin et al. 2024, eq. 15 and 16
+        expected = pipe.scheduler.step(guided, t, noise).prev_sample
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+        plain = pipe("x", labels="gc=1", guidance_scale=1.0, output_type="np", latents=noise).images
+        rescaled = pipe("x", labels="gc=1", guidance_scale=1.0, output_type="np", latents=noise, guidance_rescale=1.0)
+        np.testing.assert_array_equal(rescaled.images, plain)  # without guidance there is nothing to rescale
+
     def test_negative_prompt_replaces_the_null(self):
         pipe = tiny_pipeline()
         assert not np.array_equal(sample(pipe, "x", negative_prompt="blurred"), sample(pipe, "x"))
@@ -388,6 +406,7 @@ class TestErrors:
             (("text",), {"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
             (("text",), {"guidance_scale": {"labels": 2.0}}, "has 'labels'; this model's conditions are: text"),
             (("text",), {"guidance_interval": (0.5, 0.1)}, "guidance_interval must be"),
+            (("text",), {"guidance_rescale": 1.5}, "guidance_rescale must be in 0..1, not 1.5"),
             (("text",), {"init_image": picture(), "strength": 0}, "strength must be above 0"),
             (("text",), {"output_type": "jpg"}, "not one of: pil, np, pt, latent"),
             (("text",), {"generator": 42}, "generator must be a torch.Generator"),

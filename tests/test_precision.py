@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from medisyn import precision
+from medisyn import loading, precision
 from medisyn.config import load_config
 from medisyn.precision import fastest_precision, settle_precision
 from medisyn.trainer import Trainer
@@ -28,6 +28,12 @@ def test_models_and_adapters_can_be_measured(folder, task):
 
 def test_autoencoders_can_be_measured(folder):
     assert fastest_precision(autoencoder_config(folder)) in ("no", "bf16")
+
+
+def test_the_autoencoder_of_the_embedded_default_can_be_measured(folder, tmp_path, monkeypatch):
+    write_base(tmp_path / "pretrained")
+    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
+    assert fastest_precision(autoencoder_config(folder, task={"base": "default"})) in ("no", "bf16")
 
 
 def test_the_answer_is_part_of_the_run(folder, monkeypatch):

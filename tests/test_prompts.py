@@ -101,7 +101,10 @@ def test_the_sentences_are_those_of_the_corpus(shared_folder):
 def test_a_caption_is_read_back(described):
     modality, finding, *details = described
     names = ("laterality", "localization", "age", "sex")
-    assert prompts.parse_caption(prompts.caption(modality, finding, **dict(zip(names, details, strict=True)))) == described
+    assert (
+        prompts.parse_caption(prompts.caption(modality, finding, **dict(zip(names, details, strict=True))))
+        == described
+    )
 
 
 def test_every_caption_is_read_back_and_nothing_else():

@@ -24,12 +24,14 @@ from typer.testing import CliRunner
 from medisyn import publishing
 from medisyn.adapter_folder import make_manifest, weights_hash
 from medisyn.adapter_training import prepare_adapter, save_adapter
-from medisyn.backbone import model_hash
+from medisyn.backbone import load_pipeline, model_hash
 from medisyn.cards import metrics_of_report
 from medisyn.cleaning import clean_file, find_private, without_paths
 from medisyn.commands.publish import register
 from medisyn.config import LoraConfig
 from medisyn.console import OneLineErrors
+from medisyn.guidance import attach_classifier
+from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.publishing import publish
 from medisyn.training_record import write_training_record
 from tests.components import tiny_pipeline
@@ -59,6 +61,13 @@ def make_run(folder, pipe):
     (folder / "evaluation" / "report.json").write_text(json.dumps(report))
     Image.new("RGB", (8, 8)).save(folder / "evaluation" / "grid.png")  # shows real images
     return folder
+
+
+def pipeline_with_classifier():
+    """An unconditional pipeline that a latent classifier of two classes can guide."""
+    pipe = tiny_pipeline(())
+    classifier = MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, ("benign", "malignant"))
+    return attach_classifier(pipe, classifier)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +159,15 @@ class TestModel:
             env=os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         )
         assert done.stdout.strip() == "(32, 32)", done.stderr
+
+    def test_a_classifier_goes_along(self, tmp_path):
+        pipe = pipeline_with_classifier()
+        out = publish(make_run(tmp_path / "run", pipe), "owner/guided", dry_run=tmp_path / "out")
+        names = ("config.json", "diffusion_pytorch_model.safetensors", "medisyn_latent_classifier.py")
+        held = {name for name in files(out) if name.startswith("classifier/")}
+        assert held == {f"classifier/{name}" for name in names}
+        loaded = load_pipeline(out)
+        assert loaded.classifier.classes == ("benign", "malignant") and model_hash(loaded) == model_hash(pipe)
 
     def test_publishing_again_gives_the_same_bytes(self, published, run, tmp_path):
         again = publish(run / "pipeline", "owner/chest", dry_run=tmp_path / "again")

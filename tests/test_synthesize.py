@@ -164,6 +164,23 @@ def test_more_images_of_the_same_request_are_added(pipe, tmp_path):
     assert len(lines_of(tmp_path)) == 3
 
 
+def test_guidance_that_is_not_the_default_is_recorded_and_never_left_out_silently(pipe, tmp_path):
+    requests = make_requests(["a"], 2)
+    options = {"guidance_interval": (0.2, 0.8), "guidance_rescale": 0.5}
+    file, _ = synthesize(pipe, requests, tmp_path / "out", **options, **FAST)
+    assert {name: read_provenance(file)[name] for name in options} == options | {"guidance_interval": [0.2, 0.8]}
+    assert lines_of(tmp_path / "out")[0]["guidance_rescale"] == 0.5
+    (tmp_path / "out" / "metadata.jsonl").unlink()  # as if the run had been killed before it was written
+    for other in ({}, {"guidance_rescale": 0.5}):
+        with pytest.raises(FileExistsError, match="another request"):
+            synthesize(pipe, requests, tmp_path / "out", **other, **FAST)
+    assert synthesize(pipe, requests, tmp_path / "out", **options, **FAST)[0] == file
+    plain, _ = synthesize(pipe, requests, tmp_path / "plain", **FAST)
+    default = {"guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
+    asked, _ = synthesize(pipe, requests, tmp_path / "asked", **default, **FAST)
+    assert plain.read_bytes() == asked.read_bytes() != file.read_bytes()
+
+
 # ---- other people's files -------------------------------------------------------------------------------------------
 
 
@@ -174,6 +191,8 @@ def test_more_images_of_the_same_request_are_added(pipe, tmp_path):
         {"num_images": 1},
         {"seed": 1},
         {"guidance_scale": 5.0},
+        {"guidance_interval": (0.2, 0.8)},
+        {"guidance_rescale": 0.5},
         {"num_inference_steps": 3},
         {"scheduler": "euler"},
         {"model": "another"},

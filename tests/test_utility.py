@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from typer.testing import CliRunner
 
 from medisyn.cli import app
+from medisyn.data.cache import module_hash
 from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.statistics import (
     FoldPredictions,
@@ -26,8 +27,10 @@ from medisyn.evaluation.statistics import (
 from medisyn.evaluation.utility import measure_utility
 from medisyn.evaluation.utility_classifier import CnnClassifier, Part, ProbeClassifier, augment
 from medisyn.evaluation.utility_inputs import draw_labelled, open_labelled, split_folds
+from medisyn.evaluation.utility_strategies import strategy_maker
+from medisyn.generation.embedding_prior import fit_prior
 from medisyn.training_record import write_training_record
-from tests.components import tiny_pipeline
+from tests.components import IMAGE_WIDTH, tiny_pipeline
 from tests.utility import KINDS, write_extractor, write_labelled
 
 CNN = CnnClassifier(model="test_resnet", resolution=32, steps=6, batch_size=8)
@@ -337,6 +340,25 @@ def test_a_strategy_makes_its_images_from_those_of_the_fold(data, probe, tmp_pat
     assert synthetic["scores"]["accuracy"]["value"] == pytest.approx(real["scores"]["accuracy"]["value"], abs=0.1)
 
 
+@pytest.mark.parametrize("strategy", ["interpolation:across=true", "prior"])
+def test_a_pool_has_what_is_wanted_of_each_class(data, tmp_path, strategy):
+    """Also where labels are drawn with the images, and where a prior knows more classes than the fold has."""
+    pipe = tiny_pipeline(("image",))
+    pipe.set_progress_bar_config(disable=True)
+    real, wanted = open_labelled(data["real"], "finding"), {"dark": 24, "bright": 20, "green": 4}
+    prior = None
+    if strategy == "prior":
+        vectors = torch.randn(80, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
+        labels = ["red"] * 60 + ["green", "dark", "bright", "dark"] * 5
+        prior = fit_prior(vectors, labels, module_hash(pipe.image_encoder), "finding", components=(1,))
+    make = strategy_maker(pipe, strategy, "finding", prior=prior, num_inference_steps=1)
+    assert make(real, wanted, tmp_path / "pool", 0).counts() == wanted
+    if prior is not None:
+        with pytest.raises(ValueError, match="'blue'.*bright, dark, green, red"):
+            make(real, wanted | {"blue": 1}, tmp_path / "other", 0)
+        assert not (tmp_path / "other").exists()
+
+
 def test_strategies_are_compared_with_each_other_and_folds_of_seeds_share_images(data, tmp_path):
     pools = {"good": data["good"], "again": data["good"]}
     report = measure_utility(
@@ -454,3 +476,18 @@ def test_the_command_makes_the_images_of_a_strategy(data, tmp_path):
     lines = (tmp_path / "out" / "pools" / "reconstruction-6-0" / "metadata.jsonl").read_text().splitlines()
     known = set(open_labelled(data["real"], "finding").hashes)
     assert all(set(json.loads(line)["parents"]) <= known for line in lines)
+
+
+def test_the_command_refuses_a_prior_that_has_learnt_from_test_images(data, tmp_path):
+    pipe = tiny_pipeline(("image",))
+    pipe.save_pretrained(tmp_path / "model")
+    vectors = torch.randn(30, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
+    prior = fit_prior(vectors, list(KINDS) * 10, module_hash(pipe.image_encoder), "finding", components=(1,))
+    prior.save(tmp_path / "prior")
+    seen = open_labelled(data["test"], "finding").hashes[:3]
+    write_training_record(tmp_path / "prior", {"hashes": seen, "datasets": []})
+    given = ("--strategy", "prior", "--prior", tmp_path / "prior", "--model", tmp_path / "model")
+    sources = ("--real", data["real"], "--test", data["test"], "--num-real", 6, "--ratios", 1, "--steps", 1)
+    result = command("evaluate", "utility", *sources, *given, "--out", tmp_path / "out")
+    assert result.exit_code == 2, result.stdout
+    assert "3 of 24 test images are among the generator's training images" in result.stderr

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +53,12 @@ def generate(
         list[str] | None, typer.Option(metavar="CLASS", help="Class of the model's classifier; may be repeated.")
     ] = None,
     classifier_guidance: Annotated[float | None, typer.Option(help="Weight of the classifier's gradient.")] = None,
+    classifier_guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Where that is on, in 0..1.")
+    ] = None,
+    classifier_guidance_clip: Annotated[
+        float | None, typer.Option(help="Root mean square that it may move a latent by (1); a large number: any.")
+    ] = None,
     like: LikeOption = None,
     strategy: StrategyOption = None,
     like_data: LikeDataOption = None,
@@ -67,6 +74,13 @@ def generate(
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="Images for each prompt.")] = 1,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Where guidance is on, from no noise (0) to the most (1)."),
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Against the contrast of high guidance; 0 is off.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Sampler: dpm, ddim, euler, ...; the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images made at once.")] = 8,
     size: Annotated[int | None, typer.Option(min=8, max=8192, help="Side in pixels; the model's own.")] = None,
@@ -99,8 +113,14 @@ def generate(
         raise ValueError("--strength needs --init-image or --strategy sdedit")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"--strength must be above 0 and at most 1, not {strength}")
-    if classifier_guidance is not None and not class_label and prompts_file is None:
-        raise ValueError("--classifier-guidance needs --class-label")
+    for name in ("classifier_guidance", "classifier_guidance_interval", "classifier_guidance_clip"):
+        if asked[name] is not None and not class_label and prompts_file is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --class-label")
+    if classifier_guidance_clip is not None and not 0 < classifier_guidance_clip < math.inf:
+        raise ValueError(f"--classifier-guidance-clip must be a number above 0, not {classifier_guidance_clip}")
+    for name, interval in (("", guidance_interval), ("classifier-", classifier_guidance_interval)):
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"--{name}guidance-interval must be LOW HIGH with 0 <= LOW <= HIGH <= 1, not {interval}")
     templates = _templates(prompts or [], labels or [], demo, prompts_file)
     if class_label:
         templates = [replace(one, class_label=name) for one in templates or [Request()] for name in class_label]
@@ -132,9 +152,13 @@ def generate(
         folder,
         num_inference_steps=steps,
         guidance_scale=weights,
+        guidance_interval=guidance_interval,
+        guidance_rescale=guidance_rescale,
         strength=strength,
         image_noise_level=image_noise,
         classifier_guidance_scale=classifier_guidance,
+        classifier_guidance_interval=classifier_guidance_interval,
+        classifier_guidance_clip=classifier_guidance_clip,
         size=size,
         scheduler=scheduler,
         batch_size=batch_size,

@@ -176,7 +176,7 @@ def utility(
         for spec in specs:
             own = learned if spec.partition(":")[0] == "prior" else None
             makers[spec] = strategy_maker(pipe, spec, label_column, prior=own, **shared)
-        makes += [model or DEFAULT, *adapters]
+        makes += [model or DEFAULT, *adapters, *([prior] if prior else [])]
     measure_utility(
         real,
         test or None,

@@ -177,10 +177,10 @@ def evaluate(
 
 def _subject(pipe: "MediSynPipeline") -> dict[str, Any]:
     """Names and hashes of the model and, where there are any, of its adapters with their weights."""
+    from ..backbone import model_hash
     from ..generation.provenance import adapter_hash
-    from ..lora import base_hash
 
-    subject: dict[str, Any] = {"model": model_name(pipe), "model_hash": base_hash(pipe)}
+    subject: dict[str, Any] = {"model": model_name(pipe), "model_hash": model_hash(pipe)}
     adapters = adapter_names(pipe)
     return subject | ({"adapters": adapters, "adapter_hash": adapter_hash(pipe)} if adapters else {})
 

@@ -184,14 +184,14 @@ def _remove(folder: Path) -> None:
 
 def _provenance(pipe: MediSynPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
     """What all images have in common, under the names that `medisyn generate` uses."""
-    from ..lora import base_hash
+    from ..backbone import model_hash
 
     parameters = inspect.signature(type(pipe).__call__).parameters
     return {
         **{name: arguments.get(name, parameters[name].default) for name in SETTINGS},
         "scheduler": type(pipe.scheduler).__name__,
         "model": model_name(pipe),
-        "model_hash": base_hash(pipe),
+        "model_hash": model_hash(pipe),
         "adapter": ", ".join(f"{name}={weight:g}" for name, weight in adapter_names(pipe).items()) or None,
         "adapter_hash": adapter_hash(pipe),
         "software": SOFTWARE,

@@ -107,6 +107,24 @@ def score_grades(
     }
 
 
+def score_values(
+    values: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """`images`, the `median` of one value per image, and its `median_interval` [low, high].
+
+    Args:
+        values: At least one.
+        groups: See `score_predictions`.
+        resamples: See `score_predictions`.
+        seed: See `score_predictions`.
+    """
+    draws = [float(np.median(np.repeat(values, w.astype(int)))) for w in _draws(len(values), groups, resamples, seed)]
+    return {"images": len(values), "median": float(np.median(values)), "median_interval": _interval(draws)}
+
+
 def _quadratic_kappa(labels: np.ndarray, predicted: np.ndarray, weight: np.ndarray) -> float:
     """1 - mean squared difference of pairs / that of independent draws (scikit-learn's takes 1000 draws seconds)."""
     observed = np.average((labels - predicted) ** 2, weights=weight)

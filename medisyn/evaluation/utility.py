@@ -97,8 +97,8 @@ def measure_utility(
             folds learn from the same images, with another seed; fair where the generator has learnt from all of them.
         pairs: Strategies to compare with each other, beside each with real images only.
         classifiers: What is trained; None: a small CNN.
-        generators: Models (folder, run, Hub name, "default") that made the pools: their training images, too, must
-            not be among the test images.
+        generators: Models (folder, run, Hub name, "default") and priors that made the pools: their training images,
+            too, must not be among the test images.
         label_seed: Of the share of the labels.
         synthetic_share: Share of synthetic images in the batches of the regime "both".
         drop_overlap: Leave test images that are no strangers out, and count them, instead of refusing all.

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from ..data.loading import ImageDataset
 from ..data.subsets import class_names, stratified_subset
 from ..loading import DEFAULT, is_hub_name
-from ..training_record import find_training_record, read_training_record
+from ..training_record import find_training_record
 from .inputs import Images, open_images
 from .sampling import draw_rows
 
@@ -226,13 +225,9 @@ def generator_hashes(generators: Sequence[str]) -> tuple[set[str], list[str]]:
     known: set[str] = set()
     unknown = []
     for name in generators:
-        if name == DEFAULT:
-            record = read_training_record(Path(str(resources.files("medisyn"))) / "pretrained")
-        elif not Path(name).exists() and not is_hub_name(name):
+        if name != DEFAULT and not Path(name).exists() and not is_hub_name(name):
             raise FileNotFoundError(f"no model {name!r}; name a folder, a run, a Hub name, or {DEFAULT}")
-        else:
-            record = find_training_record(name)
-        if record is None:
+        if (record := find_training_record(name)) is None:
             unknown.append(name)
         else:
             known.update(record["hashes"])

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..generation.embedding_prior import EmbeddingPrior
     from ..pipelines.medisyn_pipeline import MediSynPipeline
 
-SPARE = 2  # images of each class beyond what is asked for: proportions are rounded
-
 
 def strategy_maker(
     pipe: "MediSynPipeline",
@@ -56,9 +54,8 @@ def strategy_maker(
 
     def make(real: LabelledImages, wanted: Mapping[str, int], folder: Path, seed: int) -> LabelledImages:
         images = None if parsed.name == "prior" else real.images
-        number = sum(wanted.values()) + SPARE * len(wanted)
         requests = like_requests(
-            pipe, parsed, images, number, seed, label_column=label_column, prior=prior, cache_dir=cache_dir
+            pipe, parsed, images, wanted, seed, label_column=label_column, prior=prior, cache_dir=cache_dir
         )
         synthesize(pipe, requests, folder, model=model, progress=progress, **parsed.arguments(), **settings)
         return open_labelled(str(folder), label_column, classes=tuple(wanted))

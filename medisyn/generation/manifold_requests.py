@@ -3,6 +3,7 @@
 - Parents are named by the hash of their pixels, the one in `training_images.json` (`medisyn.training_record`).
 - What a strategy draws comes from the seed of the image alone. Which parent it has comes from its index and the first
   seed: parents are taken in turn, in proportion to their classes, so more images of the same request extend it.
+- Where numbers of each class are wanted, the draws are the same, and one of a class that is complete is left out.
 - The embedding is one condition; a prompt or labels of the template go beside it.
 
     strategy = parse_strategy("mixture:neighbours=5,concentration=1")
@@ -12,7 +13,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MOST_DRAWS = 100  # for each image that is wanted of a class, or for each parent, whichever are more
 _STREAM = 0x11CE  # keeps the draws of a strategy apart from the noise of the image, which has the same seed
 
 
@@ -38,7 +42,7 @@ def like_requests(
     pipe: "MediSynPipeline",
     strategy: Strategy | str,
     images: "ImageDataset | None",
-    num_images: int = 1,
+    num_images: int | Mapping[str, int] = 1,
     seed: int = 0,
     *,
     label_column: str | None = None,
@@ -55,8 +59,8 @@ def like_requests(
         pipe: The model that shall make them.
         strategy: One of `STRATEGIES`, or what `parse_strategy` reads.
         images: The parents; None for `prior` alone.
-        num_images: How many.
-        seed: Of the first image; image i has `seed + i`.
+        num_images: How many; or how many of each class, which needs a `label_column`.
+        seed: Of the first draw; draw i has `seed + i`.
         label_column: Column with the class of each parent. Images without a value are left out.
         template: Other conditions, such as a prompt.
         prior: The learned distribution for `prior`.
@@ -64,23 +68,45 @@ def like_requests(
 
     Raises:
         ValueError: A model without an image condition (`sdedit` needs none), a column that is reserved or does not
-            exist, too few images for the strategy, or a prior for another encoder.
+            exist, too few images for the strategy, a wanted class that there is none of, or a prior for another
+            encoder.
     """
     strategy = parse_strategy(strategy) if isinstance(strategy, str) else strategy
     check_condition(pipe, strategy)
     if label_column in RESERVED:
         raise ValueError(f"the label column cannot be called {label_column!r}: the run writes a column of this name")
-    bare = make_requests([template or Request()], num_images, seed)
+    wanted = num_images if isinstance(num_images, Mapping) else None
+    number = sum(num_images.values()) if isinstance(num_images, Mapping) else num_images
+    bare = make_requests([template or Request()], number, seed)
     if isinstance(strategy, Prior):
-        return _from_prior(pipe, strategy, prior, bare, seed, label_column)
+        return _from_prior(pipe, strategy, prior, bare, seed, label_column, wanted)
     if prior is not None or images is None or not len(images):
         raise ValueError(f"strategy {strategy.name} needs real images" + (", and takes no prior" if prior else ""))
+    parents = make_parents(pipe, images, label_column, cache_dir)
+    drawn = _from_parents(strategy, parents, bare[0], label_column)
+    if wanted is None:
+        return list(islice(drawn, number))
+    for name in wanted:
+        choose("class of the real images", name, sorted(set(map(str, parents.labels))))
+    left, requests = Counter(wanted), []
+    for request in islice(drawn, MOST_DRAWS * max(number, len(parents))):
+        label = request.columns[label_column]
+        if left[label] > 0:
+            left[label] -= 1
+            requests.append(request)
+        if len(requests) == number:
+            return requests
+    lacking = next(name for name, count in left.items() if count > 0)
+    raise ValueError(f"strategy {strategy} gives no {wanted[lacking]} images of class {lacking!r} from these parents")
+
+
+def _from_parents(strategy: Strategy, parents: Parents, first: Request, label_column: str | None) -> Iterator[Request]:
+    """Requests without end; of the parents, one after the other, with the seeds from that of `first` on."""
     from ..evaluation.sampling import draw_rows
 
-    parents = make_parents(pipe, images, label_column, cache_dir)
-    requests = []
-    for request, row in zip(bare, draw_rows(parents.labels, num_images, seed), strict=True):
-        place = strategy.place(parents, row, np.random.default_rng((request.seed, _STREAM)))
+    for index, row in enumerate(cycle(draw_rows(parents.labels, len(parents), first.seed))):
+        seed = first.seed + index
+        place = strategy.place(parents, row, np.random.default_rng((seed, _STREAM)))
         labels = tuple(parents.labels[each] for each in place.rows)
         label = heaviest(labels, place.weights)
         origin = Origin(
@@ -93,9 +119,8 @@ def like_requests(
             place.embedding,
             (parents.images, row) if isinstance(strategy, SDEdit) else None,
         )
-        columns = dict(request.columns) | ({} if label_column is None else {label_column: label})
-        requests.append(dataclasses.replace(request, origin=origin, columns=columns))
-    return requests
+        columns = dict(first.columns) | ({} if label_column is None else {label_column: label})
+        yield dataclasses.replace(first, seed=seed, origin=origin, columns=columns)
 
 
 def check_condition(pipe: "MediSynPipeline", strategy: Strategy) -> None:
@@ -168,6 +193,7 @@ def _from_prior(
     bare: Sequence[Request],
     seed: int,
     label_column: str | None,
+    wanted: Mapping[str, int] | None,
 ) -> list[Request]:
     from ..evaluation.sampling import draw_rows
 
@@ -175,9 +201,11 @@ def _from_prior(
         raise ValueError("strategy prior needs a learned prior: the folder that scripts/embedding_prior.py wrote")
     prior.check_encoder(pipe)
     if strategy.label is not None:
-        classes = [choose("class of the prior", strategy.label, prior.classes)]
-    else:
-        classes = [name for name, count in prior.counts.items() for _ in range(count)]
+        choose("class of the prior", strategy.label, prior.classes)
+    known = {name: n for name, n in prior.counts.items() if strategy.label in (None, name)}
+    for name in wanted or ():
+        choose("class of the prior", name, known)
+    classes = [name for name, count in (wanted or known).items() for _ in range(count)]
     requests = []
     for request, row in zip(bare, draw_rows(classes, len(bare), seed), strict=True):
         embedding = prior.sample(classes[row], np.random.default_rng((request.seed, _STREAM)))[None]

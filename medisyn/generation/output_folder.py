@@ -180,11 +180,12 @@ def _difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _is_made_from(record: Mapping[str, Any], file: Path) -> bool:
+    """Whether the file says exactly this of itself; with an empty record, whether it says anything."""
     try:
         found = read_provenance(file)
     except ValueError:
         return False
-    return all(found.get(key) == value for key, value in record.items())
+    return not record or {key: value for key, value in found.items() if key != "notice"} == record
 
 
 def _read_lines(path: Path) -> dict[str, dict[str, Any]]:

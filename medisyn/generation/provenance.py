@@ -31,7 +31,8 @@ ADAPTERS = "_medisyn_adapters"  # attribute of a pipeline that has adapters, see
 # Chunks whose value is JSON when read back; all others are text.
 _JSON_KEYS = frozenset(
     ("labels", "seed", "num_inference_steps", "guidance_scale", "strength", "width", "height", "synthetic")
-    + ("parents", "parent_weights", "parent_labels", "image_noise_level", "classifier_guidance_scale")
+    + ("parents", "parent_weights", "parent_labels", "image_noise_level", "guidance_interval", "guidance_rescale")
+    + ("classifier_guidance_scale", "classifier_guidance_interval", "classifier_guidance_clip")
 )
 
 

@@ -28,7 +28,8 @@ RESERVED = frozenset(
     ("file_name", "caption", "like", "init_image", "strength", "seed", "num_inference_steps", "guidance_scale")
     + ("scheduler", "height", "width", "model", "model_hash", "adapter", "adapter_hash", "software", "synthetic")
     + ("strategy", "label_rule", "parents", "parent_weights", "parent_labels", "image_noise_level")
-    + ("classifier_guidance_scale",)
+    + ("guidance_interval", "guidance_rescale")
+    + ("classifier_guidance_scale", "classifier_guidance_interval", "classifier_guidance_clip")
 )
 
 

@@ -11,6 +11,7 @@
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,12 +26,15 @@ from tqdm import tqdm
 from ..backbone import model_hash
 from ..data.preprocessing import Preprocessor
 from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_value
+from ..prompt_support import prompt_warning
 from .output_folder import OutputFolder
 from .provenance import SOFTWARE, adapter_hash, file_hash
 from .requests import Request, make_requests, read_image
 from .schedulers import make_scheduler
 
 __all__ = ["Request", "make_requests", "synthesize"]
+
+logger = logging.getLogger(__name__)
 
 
 def synthesize(
@@ -40,9 +44,13 @@ def synthesize(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | Mapping[str, float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float | None = None,
     strength: float | None = None,
     image_noise_level: float | None = None,
     classifier_guidance_scale: float | None = None,
+    classifier_guidance_interval: tuple[float, float] | None = None,
+    classifier_guidance_clip: float | None = None,
     size: int | None = None,
     scheduler: str | None = None,
     batch_size: int = 8,
@@ -59,9 +67,13 @@ def synthesize(
         out: The folder; made when the first image is ready.
         num_inference_steps: Sampling steps; None: the pipeline's default.
         guidance_scale: Weight of the conditions, or one per kind; None: the pipeline's default.
+        guidance_interval: Where guidance is on, see `MediSynPipeline`; None: everywhere.
+        guidance_rescale: See `MediSynPipeline`; None: off.
         strength: With `init_image`: how far to go back in the noise schedule, in (0, 1]; None: the pipeline's default.
         image_noise_level: Noise on image embeddings, up to what the model was trained with; None: none.
         classifier_guidance_scale: Weight of the classifier's gradient with `class_label`; None: the default.
+        classifier_guidance_interval: Where that is on, see `MediSynPipeline`; None: everywhere.
+        classifier_guidance_clip: The root mean square that it may move a latent by; None: the pipeline's default.
         size: Side of the images in pixels; None: the model's own.
         scheduler: One of `schedulers.SCHEDULERS`; None: the model's own.
         batch_size: Images per call of the pipeline.
@@ -104,16 +116,23 @@ def synthesize(
     started = any(_start(request) is not None for request in requests)
     strength = (_default(pipe, "strength") if strength is None else strength) if started else None
     arguments = {**settings, "height": size, "width": size, **({"strength": strength} if started else {})}
-    if image_noise_level:
-        shared["image_noise_level"] = arguments["image_noise_level"] = image_noise_level
+    options: dict[str, Any] = {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
+    options |= {"image_noise_level": image_noise_level}
     if any(request.class_label is not None for request in requests):
         name = "classifier_guidance_scale"
         scale = _default(pipe, name) if classifier_guidance_scale is None else classifier_guidance_scale
         shared[name] = arguments[name] = scale
+        options |= {"classifier_guidance_interval": classifier_guidance_interval}
+        options |= {"classifier_guidance_clip": classifier_guidance_clip}
+    # only what is not the pipeline's own is recorded
+    options = {name: value for name, value in options.items() if value not in (None, _default(pipe, name))}
+    shared |= options
+    arguments |= options
     records = [_record(request, shared, strength) for request in requests]
     names = [request.file_name(index) for index, request in enumerate(requests)]
     columns = [{"caption": request.prompt, **request.columns} for request in requests]
     folder = OutputFolder(out, names, records, columns, overwrite)
+    _warn_of_prompts(pipe, requests)
     pipe.scheduler = sampler
     try:
         blocks = [
@@ -190,6 +209,15 @@ def _check_image_noise(pipe: MediSynPipeline, level: float | None) -> None:
     if level is not None and not 0 <= level <= most:
         trained = f"was trained with noise of up to {most} on image embeddings" if most else "was trained without any"
         raise ValueError(f"image noise must be in 0..{most} for this model, which {trained}, not {level}")
+
+
+def _warn_of_prompts(pipe: MediSynPipeline, requests: Sequence[Request]) -> None:
+    """Say once what the model was not trained on."""
+    prompts = list(dict.fromkeys(request.prompt for request in requests if request.prompt is not None))
+    pipe.warn_of_unknown_words(prompts)
+    for warning in dict.fromkeys(prompt_warning(pipe, prompt) for prompt in prompts):
+        if warning is not None:
+            logger.warning(warning)
 
 
 def _default(pipe: MediSynPipeline, name: str) -> Any:

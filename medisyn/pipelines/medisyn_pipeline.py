@@ -39,6 +39,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.schedulers import DDPMScheduler, KarrasDiffusionSchedulers
 from diffusers.utils import get_adapter_name, get_peft_kwargs, logging, recurse_remove_peft_layers
 from diffusers.utils.torch_utils import randn_tensor
@@ -294,12 +295,17 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         words = words_of([prompt] if isinstance(prompt, str) else prompt)
         return {word: difflib.get_close_matches(word, known) for word in words if word not in known}
 
-    def _warn_of_unknown_words(self, prompt: str | Sequence[str | None]) -> None:
-        for word, nearest in self.unknown_words(prompt).items():
-            if word not in self._warned_of:
-                self._warned_of.add(word)
-                hint = f"; the nearest known: {', '.join(map(repr, nearest))}" if nearest else ""
-                logger.warning(f"{word!r} is in no caption that this model was trained on{hint}")
+    def warn_of_unknown_words(self, prompt: str | Sequence[str | None]) -> None:
+        """One warning of the `unknown_words` that were not warned of before, with known ones in their place."""
+        new = {word: near for word, near in self.unknown_words(prompt).items() if word not in self._warned_of}
+        self._warned_of.update(new)
+        if not new:
+            return
+        said = [f"{word!r}" + (f" (near: {', '.join(near)})" if near else "") for word, near in new.items()]
+        said = said[:10] + ([f"and {len(said) - 10} more"] if len(said) > 10 else [])
+        longest = sorted(self.config.known_words, key=len, reverse=True)[:12]  # terms rather than small words
+        others = "" if all(new.values()) else f"; it knows, among others: {', '.join(longest)}"
+        logger.warning(f"no caption that this model was trained on has the words: {', '.join(said)}{others}")
 
     def encode_image(self, image: Images) -> Tensor:
         """Image tokens (B, 1, image_width), or (B, patches, image_width) for `image_tokens="patch"`.
@@ -572,7 +578,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         for kind, name in zip(KINDS, ("prompt", "image", "labels"), strict=True):
             if given[name] is not None:
                 if name == "prompt":
-                    self._warn_of_unknown_words(given[name])
+                    self.warn_of_unknown_words(given[name])
                 embeds[kind] = encoders[kind](given[name])
             elif given[EMBEDS_NAMES[kind]] is not None:
                 embeds[kind] = given[EMBEDS_NAMES[kind]]
@@ -642,6 +648,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         prediction = predictions[0]
         for weight, before, after in zip(weights[1:], predictions[:-1], predictions[1:], strict=True):
             prediction = prediction + weight * (after - before)
+        if self._guidance_rescale and len(weights) > 1:
+            prediction = rescale_noise_cfg(prediction, predictions[-1], self._guidance_rescale)
         return prediction
 
     def prepare_timesteps(self, num_inference_steps: int, strength: float) -> tuple[Tensor, int]:
@@ -698,6 +706,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classifier_guidance_clip: float | None = 1.0,
         classifier: Any | None = None,
         image_noise_level: float = 0.0,
+        guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Generate images. A kind of condition that is left out is at its null; one value serves a whole batch.
 
@@ -733,6 +742,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             classifier_guidance_clip: the root mean square by which it may move a predicted clean latent; None: any.
             classifier: in place of the model's own, such as a `medisyn.guidance.CleanClassifier`.
             image_noise_level: noise on the image embeddings, up to what the model was trained with: more variety.
+            guidance_rescale: how far to bring the standard deviation of a guided prediction back to that of the
+                conditional one, in [0, 1] (Lin et al. 2024, section 3.4): less contrast at high `guidance_scale`.
 
         Raises:
             ValueError: an argument that this model cannot use; the message names the valid ones.
@@ -749,10 +760,12 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         others = (generator, init_image, strength, output_type, callback_on_step_end_tensor_inputs)
         self.check_conditions(given)
         self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, *counts, *others)
+        if not 0.0 <= guidance_rescale <= 1.0:
+            raise ValueError(f"guidance_rescale must be in 0..1, not {guidance_rescale!r}")
         most = (self.config.get("image_noise") or {"level": 0.0})["level"]
         if not 0.0 <= image_noise_level <= most:
             raise ValueError(f"image_noise_level must be in 0..{most} for this model, not {image_noise_level!r}")
-        self._guidance_scale = guidance_scale
+        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
         classifier = self.classifier if classifier is None else classifier
         guidance = (classifier_guidance_scale, classifier_guidance_interval, classifier_guidance_clip)
         classes = None if class_label is None else self.check_classifier(class_label, *guidance, classifier)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import save_adapter
 from medisyn.autoencoders import Autoencoder, fit_latent_scale, initialize_from_pca
-from medisyn.backbone import create_autoencoder, load_autoencoder, load_pipeline, model_hash
+from medisyn.backbone import base_hash, create_autoencoder, load_autoencoder, load_pipeline
 from medisyn.config import AutoencoderTaskConfig, TrainConfig
 from medisyn.data.preprocessing import Preprocessor
 from medisyn.data.subsets import class_names, stratified_subset
@@ -56,6 +56,7 @@ class AutoencoderTask(TrainingTask):
             self._choose_labelled()
         if config.data.balance_columns:
             self.row_weights = self.images.sampling_weights()
+        self._may_flip = self.images.may_flip()
         self.preprocess = Preprocessor.from_config(config.data)
         self.preprocess_whole = Preprocessor(
             config.data.resolution, crop="pad" if config.data.crop == "pad" else "center"
@@ -64,7 +65,7 @@ class AutoencoderTask(TrainingTask):
             self.vae = create_autoencoder(self.options.preset)
         elif self.options.lora is not None:
             self._base = load_pipeline(self.options.base)
-            self._base_hash = model_hash(self._base)
+            self._base_hash = base_hash(self._base)
             self.vae = self._base.vae
             add_decoder_lora(self.vae, self.options.lora)
         else:
@@ -96,7 +97,8 @@ class AutoencoderTask(TrainingTask):
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
         """A crop, perhaps mirrored, (3, h, w) in [-1, 1]; with class consistency, its class."""
-        sample = {"images": self.preprocess(self.images.image(row), rng)}
+        flip = None if self._may_flip[row] else False  # None: half of them, by `rng`
+        sample = {"images": self.preprocess(self.images.image(row), rng, flip)}
         return sample | {"class": self.targets[row]} if self.consistency is not None else sample
 
     def averaged_parameters(self) -> Iterable[nn.Parameter]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter
-from medisyn.backbone import adapt_unet, create_pipeline, load_autoencoder, load_pipeline, model_hash
+from medisyn.backbone import adapt_unet, base_hash, create_pipeline, load_autoencoder, load_pipeline
 from medisyn.conditions import Condition, condition_dropout, conditions_of, drop, get_condition, get_schema
 from medisyn.conditions.image import fit_noise, noise_embeds
 from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
@@ -69,7 +69,8 @@ class DiffusionTask(TrainingTask):
         self._norms: dict[str, Tensor] = {}  # the base's values of what a norm adapter changes
         self.pipe = self._build_pipeline(images)
         source = self.pipe.config.get("_name_or_path") if self.options.base is not None else None
-        starts = [name for name in (source or self.options.base, self.options.vae) if name is not None]
+        encoders = [condition.encoder for condition in self.options.conditions if condition.type == "image"]
+        starts = [name for name in (source or self.options.base, self.options.vae, *encoders) if name is not None]
         self._earlier_records = [record for name in starts if (record := find_training_record(name)) is not None]
         self.pipe.unet.register_to_config(sample_size=config.data.resolution // self.pipe.vae_scale_factor)
         self.pipe.set_progress_bar_config(disable=True)
@@ -140,7 +141,7 @@ class DiffusionTask(TrainingTask):
     def _put_adapter(self, base: MediSynPipeline, images: ImageDataset) -> None:
         """Freeze the base, add the label fields and words that it lacks, and the adapter itself."""
         options = self.options
-        self._base_hash = model_hash(base)
+        self._base_hash = base_hash(base)
         for condition in options.conditions:
             if isinstance(condition, LabelsConditionConfig) and condition.schema is not None:
                 schema = get_schema(condition.schema)

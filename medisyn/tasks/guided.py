@@ -11,7 +11,7 @@
 - Everything drawn for an item comes from its seed alone.
 
     medisyn train scripts/unconditional_to_conditional/guided.yaml
-    medisyn generate "" --model runs/guided --labels finding=eosinophil --guidance 1
+    medisyn generate --model runs/guided --labels finding=adenocarcinoma --guidance 1
 """
 
 import copy
@@ -31,7 +31,7 @@ from torch import Tensor
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import TRAINED, prepare_adapter, save_adapter
-from medisyn.backbone import add_condition, model_hash
+from medisyn.backbone import add_condition, base_hash
 from medisyn.conditions import LabelsCondition
 from medisyn.conditions.labels import LabelSchema
 from medisyn.config import DataConfig, GuidedTaskConfig, TrainConfig
@@ -89,7 +89,7 @@ class GuidedTask(TrainingTask):
         starts += [self.options.lora.decoder] if self.options.lora is not None else []
         records = [find_training_record(name) for name in starts if name]
         self._earlier_records = [record for record in records if record is not None]
-        self.pipe, self._base_hash = base, model_hash(base)
+        self.pipe, self._base_hash = base, base_hash(base)
         attach_classifier(base, None)  # the student needs none
         base.unet.register_to_config(sample_size=config.data.resolution // base.vae_scale_factor)
         base.set_progress_bar_config(disable=True)

@@ -35,6 +35,7 @@ from labelled_subset import parse_where
 from tqdm import tqdm
 
 from medisyn import load_pipeline
+from medisyn.backbone import model_hash
 from medisyn.config import DataConfig, load_config
 from medisyn.data.loading import ImageDataset, load_images
 from medisyn.evaluation import extract_features, fidelity_by_value, label_agreement, load_extractor
@@ -42,7 +43,6 @@ from medisyn.evaluation.agreement import LabelledFeatures
 from medisyn.evaluation.fidelity import nearest_training_distance
 from medisyn.generation.output_folder import OutputFolder
 from medisyn.generation.provenance import adapter_hash
-from medisyn.lora import base_hash
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose
 
@@ -203,7 +203,7 @@ def draw(
         **way.settings(steps),
         "scheduler": type(pipe.scheduler).__name__,
         "model": way.name,
-        "model_hash": base_hash(pipe),
+        "model_hash": model_hash(pipe),
         "adapter_hash": adapter_hash(pipe),
     }
     shared = {key: value for key, value in shared.items() if value is not None}
