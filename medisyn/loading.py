@@ -77,8 +77,8 @@ def load_pipeline(
     precision: torch.dtype | None = (
         getattr(torch, choose("dtype", dtype, ("float32", "bfloat16", "float16"))) if isinstance(dtype, str) else dtype
     )
-    is_embedded = name_or_dir is None or str(name_or_dir) == DEFAULT
-    pipe = _load_folder(_embedded_folder() if is_embedded else _find_model(name_or_dir), precision)
+    name = DEFAULT if name_or_dir is None else name_or_dir
+    pipe = _load_folder(_embedded_folder() if str(name) == DEFAULT else _find_model(name), precision)
     if adapter is not None:
         _load_adapters(pipe, adapter)
     return pipe

@@ -325,7 +325,8 @@ def test_configuration_says_what_an_adapter_cannot_do(folder):
         ({"method": "lora", "preset": "mini", "base": None, "vae": "x"}, "needs a trained model"),
         ({"method": "norm", "lora": {"rank": 2}}, "belongs to method: lora"),
         ({"lora": {}, "conditions": [{"type": "text", "train_encoder": True}]}, "lora.text_encoder"),
-        ({"conditions": [{"type": "text", "new_words": ["x"]}]}, "taught by an adapter"),
+        ({"conditions": [{"type": "text", "new_words": ["x"]}]}, "by an adapter .* or with train_encoder"),
+        ({"conditions": [{"type": "text", "paraphrase": 0.5}]}, "paraphrase needs train_encoder"),
         ({"lora": {}, "conditions": [{"type": "image", "encoder": "x"}]}, "keeps the encoders"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -86,6 +86,8 @@ def like_requests(
     drawn = _from_parents(strategy, parents, bare[0], label_column)
     if wanted is None:
         return list(islice(drawn, number))
+    if label_column is None:
+        raise ValueError("numbers of each class need a label_column")
     for name in wanted:
         choose("class of the real images", name, sorted(set(map(str, parents.labels))))
     left, requests = Counter(wanted), []
