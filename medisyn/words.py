@@ -25,7 +25,7 @@ def new_words(
     """The words of captions that a tokenizer breaks into many pieces, the most frequent first.
 
     A compound counts as one word by its parts without the hyphens, and only if one of them is broken itself: "x-ray"
-    is none. Numbers and single letters are not words. Case is as the tokenizer sees it.
+    is none, nor is "70-year-old". Numbers and single letters are not words. Case is as the tokenizer sees it.
 
     Args:
         captions: Repetitions count.
@@ -41,7 +41,7 @@ def new_words(
     vocabulary = tokenizer.get_vocab()
 
     def is_broken(word: str) -> bool:
-        parts = [pieces(tokenizer, part) for part in word.split("-")]
+        parts = [pieces(tokenizer, part) for part in word.split("-") if not part.isdigit()]
         if any(is_unknown(tokenizer, part) for part in parts):
             return True
         return sum(map(len, parts)) >= minimum_pieces and max(map(len, parts)) > 1

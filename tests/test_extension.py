@@ -403,6 +403,8 @@ def test_new_words_are_those_that_the_tokenizer_breaks_most_frequent_first():
     known, _ = bert()
     known.add_tokens(["high", "resolution"])
     assert new_words(["a high-resolution image"] * 5, known) == ["image"]  # known parts make no new word
+    known.add_tokens(["year", "old"])
+    assert new_words(["a 70-year-old image"] * 5, known) == ["image"]  # nor do known parts and a number
     assert new_words(["ﬁß"] * 5, known) == ["ﬁß"]  # unknown letters: one token that says nothing
 
 
