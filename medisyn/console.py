@@ -112,6 +112,22 @@ def quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For scripts, what `OneLineErrors` is for the command: a failure is one line and exit code 2, Ctrl-C is 130."""
+    with quiet_libraries():
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("interrupted; the same command continues", file=sys.stderr)
+            sys.exit(130)
+        except EXPECTED as error:
+            if os.environ.get("MEDISYN_DEBUG") == "1":
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(2)
+
+
 def quiet_progress_bars() -> None:
     """Leave only medisyn's own progress bars (and downloads, on a terminal)."""
     import datasets

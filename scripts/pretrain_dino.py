@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from embedded_default.stages import Hardware, run
 
+from medisyn.console import one_line_errors
+
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with the corpus and the perceptual network.")] = Path("data"),
@@ -22,4 +24,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

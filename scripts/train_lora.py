@@ -14,24 +14,15 @@ import os
 import sys
 from pathlib import Path
 
-from medisyn.console import EXPECTED, one_line, quiet_libraries
+from medisyn.console import one_line_errors
 from medisyn.diffusers_arguments import make_parser, translate
 
 
 def main() -> None:
     """Train; failures are one line and exit code 2."""
     arguments = make_parser().parse_args()
-    with quiet_libraries():
-        try:
-            train(arguments)
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues", file=sys.stderr)
-            sys.exit(130)
-        except EXPECTED as error:
-            if os.environ.get("MEDISYN_DEBUG") == "1":
-                raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            sys.exit(2)
+    with one_line_errors():
+        train(arguments)
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from medisyn.commands.arguments import parse_adapters, parse_guidance
+from medisyn.console import one_line_errors
 from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.inputs import open_images, open_pipeline
 from medisyn.evaluation.variations import evaluate_variations
@@ -57,4 +58,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

@@ -1,6 +1,8 @@
 """The recipes of the embedded default: every stage parses, hardware changes what it must, stages follow each other."""
 
 import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,10 @@ def test_each_stage_starts_from_what_an_earlier_one_leaves(stages):
 @pytest.mark.parametrize("script", ["pretrain_autoencoder", "pretrain_dino", "pretrain_default"])
 def test_each_script_can_be_imported(stages, script):
     assert callable(importlib.import_module(script).main)
+
+
+def test_a_wrong_folder_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "pretrain_autoencoder.py"), "--data", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere/corpus/train-*.parquet" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from medisyn.console import one_line_errors
 from medisyn.data.loading import load_images
 from medisyn.evaluation.agreement import fit_classifier
 from medisyn.evaluation.features import extract_features, load_extractor
@@ -57,4 +58,5 @@ def failures(
 
 
 if __name__ == "__main__":
-    typer.run(failures)
+    with one_line_errors():
+        typer.run(failures)
