@@ -1,4 +1,4 @@
-"""The embedded default's autoencoder: 128 px images <-> 16x16x16 latents, then its decoder against a discriminator.
+"""The embedded default's autoencoder: 128 px images <-> 16x16x16 latents.
 
     python scripts/pretrain_autoencoder.py --data DIR                  # two CPU cores
     python scripts/pretrain_autoencoder.py --data DIR --hardware gpu   # one GPU
