@@ -15,7 +15,9 @@ from medisyn.adapter_training import TRAINED, prepare_adapter, save_adapter
 from medisyn.backbone import add_condition, load_pipeline, model_hash
 from medisyn.conditions import LabelsCondition, get_schema
 from medisyn.config import load_config
+from medisyn.config_parts import DecoderLoraConfig
 from medisyn.data.loading import load_images
+from medisyn.decoder_adapter import add_decoder_lora
 from medisyn.extension import added, extend_labels, extension_parameters
 from medisyn.guidance import attach_classifier
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
@@ -53,6 +55,13 @@ def folder(tmp_path_factory):
     torch.nn.init.normal_(extension_parameters(teacher, TRAINED)["label_embedding"])
     manifest = make_manifest("lora", "lora", "teacher", base_hash, ("labels",), rank=16, **added(teacher, TRAINED))
     save_adapter(teacher, folder / "lora" / "adapter", manifest)
+    tuned = load_pipeline(folder / "teacher")
+    add_decoder_lora(tuned.vae, DecoderLoraConfig(rank=2))
+    for name, weight in tuned.vae.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(weight)
+    manifest = make_manifest("decoder", "lora", "teacher", base_hash, (), rank=2)
+    save_adapter(tuned, folder / "decoder" / "adapter", manifest)
     student = tiny_pipeline(kinds=())
     add_condition(student, LabelsCondition(get_schema(str(folder / "labels.json"))))
     torch.nn.init.normal_(student.unet.class_embedding.weight)
@@ -87,6 +96,18 @@ def test_models_with_labels_and_adapters_are_compared_on_one_page(script, folder
     before = first.stat().st_mtime_ns
     compare(script, folder, "labels", model=models, teacher=str(folder / "teacher"))
     assert first.stat().st_mtime_ns == before  # what is drawn stays
+
+
+def test_a_student_is_compared_with_a_tuned_decoder_as_well(script, folder):
+    runs = {"student": folder / "lora", "tuned decoder": f"{folder / 'lora'}+{folder / 'decoder'}"}
+    models = [f"{name}={run}" for name, run in runs.items()]
+    found = compare(script, folder, "decoder", model=models, teacher=str(folder / "teacher"))
+    assert set(found["ways"]) == set(runs)
+    one, other = (
+        np.asarray(load_images(str(folder / "decoder" / "images" / name), caption_column=None).image(0))
+        for name in ("student", "tuned_decoder")
+    )
+    assert not np.array_equal(one, other)
 
 
 def test_guidance_at_sampling_time_is_compared_at_several_scales(script, folder):

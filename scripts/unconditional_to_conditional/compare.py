@@ -9,10 +9,12 @@ r"""One page that compares the ways from an unconditional model to a conditional
   similarity to a labelled training image is above 0.95.
 - Seconds per image are those of a batch, the fastest of several; `--clock cpu` counts this process alone, on a
   machine that others use. Images that are there already are not drawn again.
+- RUN+RUN puts several adapters onto the teacher: a student, and a decoder tuned for class consistency.
 
     python scripts/unconditional_to_conditional/compare.py runs/comparison --classifier runs/classifier \
         --scale 1 --scale 3 --scale 6 --model "guided student=runs/guided" --model "full=runs/finetune_full" \
         --model "LoRA=runs/finetune_lora" --model "LoRA, guidance 2=runs/finetune_lora@2" \
+        --model "student, tuned decoder=runs/guided+runs/unconditional-decoder" \
         --model "from scratch=runs/from_scratch" --teacher runs/unconditional_lung \
         --train 'data/corpus/train-*.parquet' --validation 'data/corpus/validation-*.parquet' \
         --labelled runs/labelled/train.parquet --where dataset=lc25000_lung \
@@ -57,7 +59,8 @@ class Way:
 
     Attributes:
         name: In the tables.
-        run: Run folder, model folder or Hub name; of a run that made an adapter, it goes onto the teacher.
+        run: Run folder, model folder or Hub name; of a run that made an adapter, or several joined by "+", they go
+            onto the teacher.
         guidance_scale: Of classifier-free guidance, 1 for none.
         classifier_guidance_scale: Of the pipeline's own classifier; None where the class is a label.
     """
@@ -69,11 +72,12 @@ class Way:
 
     def load(self, teacher: str | None) -> MediSynPipeline:
         """The pipeline, on the GPU where there is one."""
-        folder = Path(self.run)
-        if (folder / "adapter" / "adapter.json").is_file() and not (folder / "pipeline").is_dir():
+        folders = [Path(name) for name in self.run.split("+")]
+        alone = (folders[0] / "adapter" / "adapter.json").is_file() and not (folders[0] / "pipeline").is_dir()
+        if len(folders) > 1 or alone:
             if teacher is None:
                 raise typer.BadParameter(f"{self.run} is an adapter: name the model under it by --teacher")
-            pipe = load_pipeline(teacher, adapter=folder / "adapter")
+            pipe = load_pipeline(teacher, adapter=[folder / "adapter" for folder in folders])
         else:
             pipe = load_pipeline(self.run)
         pipe.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,7 +144,7 @@ def compare(
         drawn[way.name] = draw(pipe, way, classes, field, folder, images_per_class, steps, batch_size, seed)
         costs[way.name] = {
             "seconds_per_image": seconds_per_image(pipe, way, classes[0], field, steps, batch_size, clock),
-            "training_minutes": training_minutes(Path(way.run)),
+            "training_minutes": training_minutes(way.run),
         }
         print(f"{way.name}: {costs[way.name]['seconds_per_image']:.3f} s per image", flush=True)
 
@@ -295,10 +299,15 @@ def seconds_per_image(
     return min(seconds[1:])
 
 
-def training_minutes(run: Path) -> float | None:
-    """How long the steps of a run took, by its log; None for a model without one."""
-    if not (run / "log.jsonl").is_file():
+def training_minutes(runs: str) -> float | None:
+    """How long the steps of a run took, by its log, or of several joined by "+"; None for a model without one."""
+    folders = [Path(name) for name in runs.split("+")]
+    if not all((folder / "log.jsonl").is_file() for folder in folders):
         return None
+    return sum(map(_minutes, folders))
+
+
+def _minutes(run: Path) -> float:
     batch_size = load_config(run / "config.yaml").train.batch_size
     seconds, before = 0.0, 0
     for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines():
