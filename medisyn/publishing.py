@@ -178,6 +178,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     """Bring a folder to the Hub; what is there already is not sent again. Returns the repository's address.
 
     Raises:
+        ValueError: `private` is asked for, and there is a public repository of this name.
         OSError: The Hub refuses or cannot be reached; says how to continue.
     """
     from huggingface_hub import HfApi
@@ -185,6 +186,8 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id} is there already and public: make it private first, or choose another name")
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

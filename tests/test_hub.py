@@ -153,6 +153,24 @@ def check(results, cases, out):
     assert not out.exists()
 
 
+def test_nothing_private_goes_into_a_public_repository(hub, tmp_path):
+    from tests.test_publishing import make_run
+
+    run = make_run(tmp_path / "run", tiny_pipeline(("text",)))
+    Image.new("RGB", (8, 8)).save(run / "samples.png")
+    results = []
+    for more in ([], ["--private"]):
+        done = hub.python(PUBLISH.format(arguments=[str(run), "tester/open", *more]))
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        if not more:
+            hub.requests.clear()
+    assert results[0][0] == 0
+    code, _, stderr = results[1]
+    assert code == 2 and stderr.startswith("error: tester/open is there already and public")
+    assert not any(method == "PUT" for method, _ in hub.requests)
+
+
 def test_push_survives_a_failure_and_the_result_loads_by_name(hub, tmp_path):
     from medisyn.backbone import model_hash
     from tests.test_publishing import contents, make_run
