@@ -155,11 +155,6 @@ class LatentClassifierTaskConfig:
     label_smoothing: Fraction = 0.0
     balance_classes: bool = True  # draw every class equally often
     backbone_learning_rate: PositiveFloat | None = None  # of what comes from the base; None: optim.learning_rate
-    # weight of the images whose label is not used: the class that the classifier gives them where they are almost
-    # clean is what it learns where they are noised, if it is sure (FixMatch, Sohn et al. 2020); 0: they are left out
-    unlabelled_weight: NonNegative = 0.0
-    pseudo_label_threshold: Fraction = 0.95  # probability from which it is sure
-    labelled_share: Fraction = 0.5  # of the drawn images, where those without a label serve
     cache_dir: str | None = None  # latents; None: inside the run folder
     cache_batch_size: Positive = 32
 

@@ -7,7 +7,8 @@ r"""The experiment of `model_cards/utility.md`: what are prompted images worth b
 - Unknown arguments go to `medisyn evaluate utility` as they are. The same command again continues.
 
     python scripts/utility_of_strategies.py --corpus data/corpus --datasets fundus_eyedisease,lc25000_lung \
-        --out outputs/utility --extractor timm:tf_efficientnet_lite0@data/weights/efficientnet_lite0.pth
+        --out outputs/utility --num-real 50,100,250,500 --ratios 1,5,20 \
+        --extractor timm:tf_efficientnet_lite0@data/weights/efficientnet_lite0.pth
 """
 
 import argparse
@@ -26,7 +27,10 @@ COLUMNS = ("finding", "modality", "dataset")  # of each prompt's row, which its 
 
 
 def write_prompts(source: str, dataset: str, number: int, file: Path) -> None:
-    """`number` captions of the data set's rows in random order, every row once before any comes twice."""
+    """`number` captions of the data set's rows in random order, every row once before any comes twice.
+
+    Fewer are the first of more.
+    """
     images = load_images(DataConfig(source=source, filter={"dataset": (dataset,)}))
     rng = np.random.default_rng(0)
     passes = [rng.permutation(len(images)) for _ in range(-(-number // len(images)))]

@@ -51,18 +51,17 @@ def labelled_rows(
     return found
 
 
-def labelled_weights(row_classes: np.ndarray, weights: np.ndarray, share: float, balance: bool = True) -> np.ndarray:
-    """Sampling weights (N,) that sum to 1: `share` for the labelled rows; all if all have one.
+def labelled_weights(row_classes: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """Sampling weights (N,) that sum to 1: `share` for the labelled rows, each class as often; all if all have one.
 
     Args:
         row_classes: see `labelled_rows`.
         weights: of the rows without a label among themselves, (N,).
         share: in [0, 1].
-        balance: each class as often, in place of each labelled row.
     """
     labelled = row_classes != UNLABELLED
     own, rest = np.zeros(len(weights)), np.where(labelled, 0.0, weights)
-    own[labelled] = 1 / np.bincount(row_classes[labelled])[row_classes[labelled]] if balance else 1.0
+    own[labelled] = 1 / np.bincount(row_classes[labelled])[row_classes[labelled]]
     if not rest.any():
         return own / own.sum()
     return share * own / own.sum() + (1 - share) * rest / rest.sum()

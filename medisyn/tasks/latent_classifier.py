@@ -3,8 +3,6 @@
 - The classifier is the encoder half of the base's UNet with a head of its own. It starts from the UNet's weights,
   which know noised latents at every level from images without labels, or at random.
 - Latents and the noise schedule are the base's; noise is the augmentation, mirror images are another.
-- Images without a label may serve as well: what the classifier makes of them almost clean is what it learns of them
-  noised (`unlabelled_weight`).
 - Loss, accuracy and calibration are reported by noise level. On the validation images a temperature is fitted for each
   level, so that the size of the gradient means what it says.
 - The run ends with `classifier/`, and with `pipeline/`: the base that carries the classifier.
@@ -15,6 +13,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from medisyn.guidance import attach_classifier
 from medisyn.loading import load_pipeline
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
 from medisyn.tasks.base import TrainingTask, image_record, load_splits, seeded_normal, seeded_uniform
-from medisyn.tasks.labelled_rows import UNLABELLED, labelled_weights
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -45,7 +43,6 @@ NOISE_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8)  # fractions of the training timesteps
 TEMPERATURES = (0.2, 5.0)  # range that is searched
 CALIBRATION_DRAWS = 4  # of noise for each validation image
 CALIBRATION_BINS = 15
-PSEUDO_LABEL_LEVEL = 0.05  # of an item's timestep: where its class is read to be learnt at that timestep
 # streams of an item's seed
 _POSTERIOR, _NOISE, _UNIFORMS = range(3)
 
@@ -63,12 +60,8 @@ class LatentClassifierTask(TrainingTask):
             raise ValueError(f"task.type={config.task.type!r} given to the latent classifier task")
         self.config, self.options = config, config.task
         images, validation = load_splits(config)
-        rows, self.classes = labelled_subset(config, images)
-        targets = np.full(len(images), UNLABELLED)
-        targets[rows] = np.array(self._indices(images))[rows]
-        # images without a label serve only where asked for
-        used = np.arange(len(images)) if self.options.unlabelled_weight else rows
-        self.images, self.targets = images.select(used), targets[used].tolist()
+        self.images, self.classes = labelled_subset(config, images)
+        self.targets = self._indices(self.images)
         self._validation_images: ImageDataset | None = None
         if validation is not None:
             _require_calibration()
@@ -97,9 +90,9 @@ class LatentClassifierTask(TrainingTask):
         self.latents = self._cache(self.images, "train")
         self._validation: LatentCache | None = None
         self._may_flip = self.images.may_flip() & config.data.horizontal_flip
-        if self.options.unlabelled_weight or self.options.balance_classes:
-            share, balance = self.options.labelled_share, self.options.balance_classes
-            self.row_weights = labelled_weights(np.array(self.targets), np.ones(len(self)), share, balance)
+        if self.options.balance_classes:
+            counts = Counter(self.targets)
+            self.row_weights = np.array([1 / counts[target] for target in self.targets])
 
     def _indices(self, images: ImageDataset) -> list[int]:
         """The class of each image as its place in `classes`; -1 for none of them."""
@@ -135,42 +128,18 @@ class LatentClassifierTask(TrainingTask):
         return [{**group, "params": [p for p in group["params"] if id(p) in new]} for group in groups] + backbone
 
     def sample(self, row: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The row's latent moments, perhaps of its mirror image, and its class (`UNLABELLED` where not known)."""
+        """The row's latent moments, perhaps of its mirror image, and its class."""
         flip = bool(self._may_flip[row]) and rng.random() < 0.5
         return self.latents.moments(row, flip=flip) | {"target": self.targets[row]}
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The cross-entropy at noise levels drawn evenly from the whole schedule, and the accuracy.
-
-        Of images without a label as well, where they serve: `pseudo_labels` is the share that got one.
-        """
+        """The cross-entropy at noise levels drawn evenly from the whole schedule, and the accuracy."""
         uniforms = seeded_uniform(batch["seed"], 1, _UNIFORMS)[:, 0]
         timesteps = (uniforms * self.noising.config.num_train_timesteps).long()
         noised, target = self._noised(batch, timesteps), batch["target"].to(self.pipe.device)
         logits = self.classifier(noised, timesteps.to(noised.device)).float()
-        labelled = target != UNLABELLED
-        right = (logits.detach().argmax(dim=1) == target) & labelled
-        metrics = {"accuracy": right.sum() / labelled.sum().clamp(min=1)}
-        options: dict[str, Any] = {"label_smoothing": self.options.label_smoothing, "ignore_index": UNLABELLED}
-        loss = F.cross_entropy(logits, target, reduction="sum", **options) / labelled.sum().clamp(min=1)
-        if self.options.unlabelled_weight:
-            pseudo = torch.where(labelled, UNLABELLED, self._pseudo_labels(batch, timesteps))
-            unlabelled = (~labelled).sum().clamp(min=1)
-            own = F.cross_entropy(logits, pseudo, reduction="sum", ignore_index=UNLABELLED) / unlabelled
-            loss = loss + self.options.unlabelled_weight * own
-            metrics["pseudo_labels"] = (pseudo != UNLABELLED).sum() / unlabelled
-        return {"loss": loss, **metrics}
-
-    @torch.no_grad()
-    def _pseudo_labels(self, batch: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
-        """What the classifier makes of each item almost without noise, (B,); `UNLABELLED` where it is unsure."""
-        weak = (timesteps * PSEUDO_LABEL_LEVEL).long()
-        noised = self._noised(batch, weak)
-        self.classifier.eval()
-        probabilities = self.classifier(noised, weak.to(noised.device)).float().softmax(dim=1)
-        self.classifier.train()
-        surest, classes = probabilities.max(dim=1)
-        return torch.where(surest >= self.options.pseudo_label_threshold, classes, UNLABELLED)
+        loss = F.cross_entropy(logits, target, label_smoothing=self.options.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.detach().argmax(dim=1) == target).float().mean()}
 
     def _noised(self, batch: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
         """Scaled latents with the noise of these timesteps; noise by the items' seeds alone."""
@@ -209,9 +178,8 @@ class LatentClassifierTask(TrainingTask):
     def export(self, folder: Path) -> None:
         """Write `classifier/` with fitted temperatures, `classifier.json` with its scores, and `pipeline/`."""
         self.classifier.eval()
-        by_class = {name: self.targets.count(index) for index, name in enumerate(self.classes)}
-        report: dict[str, Any] = {"classes": list(self.classes), "images": sum(by_class.values())}
-        report |= {"images_by_class": by_class, "unlabelled_images": self.targets.count(UNLABELLED)}
+        report: dict[str, Any] = {"classes": list(self.classes), "images": len(self.images)}
+        report["images_by_class"] = {name: self.targets.count(i) for i, name in enumerate(self.classes)}
         if self._validation_images is None:
             logger.warning("no validation images: the classifier's temperatures stay 1")
         else:
@@ -248,8 +216,8 @@ class LatentClassifierTask(TrainingTask):
         return temperatures, scores
 
 
-def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The rows whose labels are used, by `label_fraction` and `label_seed`, and their classes in order.
+def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDataset, tuple[str, ...]]:
+    """The images whose labels are used, by `label_fraction` and `label_seed`, and their classes in order.
 
     Raises:
         ValueError: see `class_names` and `stratified_subset`.
@@ -260,8 +228,8 @@ def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[np.ndarr
     class_names(column, options.classes)  # names what is missing in all of the data first
     wanted = [name if not options.classes or str(name) in options.classes else None for name in column]
     groups = images.column(config.data.group_column) if config.data.group_column else None
-    rows = stratified_subset(wanted, groups, options.label_fraction, options.label_seed)
-    return rows, class_names([column[row] for row in rows], options.classes)
+    chosen = images.select(stratified_subset(wanted, groups, options.label_fraction, options.label_seed))
+    return chosen, class_names(chosen.column(options.class_column), options.classes)
 
 
 def _require_calibration() -> None:
