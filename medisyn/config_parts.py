@@ -182,7 +182,8 @@ class GuidedTaskConfig:
     labelled_share: Fraction = 0.25  # of the drawn images that have a label, each class as often; 1 if all have one
     # share of the images without a label whose class is drawn uniformly; of the others by the classifier's posterior
     uniform_classes: Fraction = 0.25
-    min_snr_gamma: NonNegative = 5.0  # 0: no weighting (Hang et al. 2023)
+    # Hang et al. 2023; 0: no weighting, since a class is decided at noise levels which min-SNR hardly weighs
+    min_snr_gamma: NonNegative = 0.0
     cache_dir: str | None = None  # latents; None: inside the run folder
     cache_batch_size: Positive = 32
     gradient_checkpointing: bool = False
