@@ -10,8 +10,6 @@ python scripts/embedding_prior.py "corpus/train-*.parquet" runs/prior --model ru
 medisyn generate --prior runs/prior --model runs/image/pipeline --num-images 100
 """
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +18,7 @@ import torch
 import typer
 
 from medisyn import load_pipeline
-from medisyn.console import EXPECTED, one_line
+from medisyn.console import one_line_errors
 from medisyn.data.cache import module_hash
 from medisyn.data.loading import load_images
 from medisyn.evaluation.fidelity import frechet_distance
@@ -43,13 +41,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Fit, measure, save."""
-    try:
+    with one_line_errors():
         run(data, out, model, label_column, group_column, held_out, cache, seed)
-    except EXPECTED as error:
-        if os.environ.get("MEDISYN_DEBUG") == "1":
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(

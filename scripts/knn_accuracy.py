@@ -12,6 +12,7 @@ import numpy as np
 import typer
 from sklearn.decomposition import PCA
 
+from medisyn.console import one_line_errors
 from medisyn.data.loading import ImageDataset, load_images
 from medisyn.evaluation.agreement import LabelledFeatures
 from medisyn.evaluation.features import extract_features, load_extractor
@@ -56,4 +57,5 @@ def labelled(images: ImageDataset, features: np.ndarray, column: str, groups: li
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
+from medisyn.console import one_line_errors
 from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.inputs import without_overlap
 from medisyn.evaluation.segmentation import MaskedImages, evaluate_segmentation, open_masks, scan
@@ -103,4 +104,5 @@ def _overlays(pixels, masks, found, columns: int = 8) -> Image.Image:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_line_errors():
+        typer.run(main)

@@ -21,6 +21,7 @@ import numpy as np
 
 from medisyn.cli import app
 from medisyn.config import DataConfig
+from medisyn.console import one_line_errors
 from medisyn.data.loading import load_images
 
 COLUMNS = ("finding", "modality", "dataset")  # of each prompt's row, which its image inherits
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

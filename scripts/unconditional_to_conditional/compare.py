@@ -39,6 +39,7 @@ from tqdm import tqdm
 from medisyn import load_pipeline
 from medisyn.backbone import model_hash
 from medisyn.config import DataConfig, load_config
+from medisyn.console import one_line_errors
 from medisyn.data.loading import ImageDataset, load_images
 from medisyn.evaluation import extract_features, fidelity_by_value, label_agreement, load_extractor
 from medisyn.evaluation.agreement import LabelledFeatures
@@ -327,4 +328,5 @@ def _agreement(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(compare)
+    with one_line_errors():
+        typer.run(compare)

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from medisyn.config import DataConfig
+from medisyn.console import one_line_errors
 from medisyn.data.loading import ImageDataset
 from medisyn.data.sources import open_source
 from medisyn.data.subsets import class_names, stratified_subset
@@ -61,4 +62,5 @@ def parse_where(where: list[str]) -> dict[str, tuple[str, ...]]:
 
 
 if __name__ == "__main__":
-    typer.run(labelled_subset)
+    with one_line_errors():
+        typer.run(labelled_subset)
