@@ -8,9 +8,10 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,6 +127,18 @@ def one_line_errors() -> Iterator[None]:
                 raise
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """For scripts, `medisyn ARGUMENTS` in this process, printed before; ends the process where it fails."""
+    from .cli import app
+
+    print("medisyn", shlex.join(arguments), flush=True)
+    try:
+        app(list(arguments), prog_name="medisyn")
+    except SystemExit as stop:
+        if stop.code:
+            raise
 
 
 def quiet_progress_bars() -> None:

@@ -1,4 +1,4 @@
-"""The experiment of `model_cards/augmentation.md`: is a classifier that knows 5 % of the labels helped by a model?
+"""Experiments as in `model_cards/augmentation.md`: is a classifier that knows 5 % of the labels helped by a model?
 
 - For each data set of the corpus: `medisyn augment` with the model that was trained on the same 5 % of the labels
   (`label_seed`), selection on, off, and random; small CNN and probe.
@@ -11,11 +11,9 @@
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
-from medisyn.cli import app
+from medisyn.console import run_command
 
 DATASETS = ("lc25000_lung", "wbc_bloodcell", "brain_tumor_mri")
 
@@ -35,12 +33,7 @@ def main() -> None:
         command += ["--train", f"{arguments.corpus}/train-*.parquet", "--cache", str(Path(arguments.out) / "features")]
         command += ["--label-fraction", arguments.label_fraction, "--model", str(Path(arguments.models) / name)]
         command += ["--classifier", "cnn,probe", "--out", str(Path(arguments.out) / name), *others]
-        print("medisyn", shlex.join(command), flush=True)
-        try:
-            app(command, prog_name="medisyn")
-        except SystemExit as stop:
-            if stop.code:
-                sys.exit(stop.code)
+        run_command(command)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,12 @@ r"""The experiment of `model_cards/utility.md`: what are prompted images worth b
 
 import argparse
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from medisyn.cli import app
 from medisyn.config import DataConfig
-from medisyn.console import one_line_errors
+from medisyn.console import one_line_errors, run_command
 from medisyn.data.loading import load_images
 
 COLUMNS = ("finding", "modality", "dataset")  # of each prompt's row, which its image inherits
@@ -44,16 +41,6 @@ def write_prompts(source: str, dataset: str, number: int, file: Path) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run(command: list[str]) -> None:
-    """A command of medisyn; ends the process where it fails."""
-    print("medisyn", shlex.join(command), flush=True)
-    try:
-        app(command, prog_name="medisyn")
-    except SystemExit as stop:
-        if stop.code:
-            sys.exit(stop.code)
-
-
 def main() -> None:
     """A pool and a measurement for each data set."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,13 +57,13 @@ def main() -> None:
         prompts = out / "prompts.jsonl"
         if not prompts.is_file():
             write_prompts(train, name, arguments.images, prompts)
-        run(
+        run_command(
             ["generate", "--prompts-file", str(prompts), "--steps", arguments.steps]
             + ["--batch-size", "32", "--out", str(out / "prompted")]
         )
         if arguments.pool_only:
             continue
-        run(
+        run_command(
             ["evaluate", "utility", "--real", train, "--test", test, "--where", f"dataset={name}"]
             + ["--synthetic", f"prompted={out / 'prompted'}", "--generator", "default", "--classifier", "cnn,probe"]
             + ["--cache", str(out / "features"), "--out", str(out / "utility"), "--drop-overlap", *others]

@@ -291,7 +291,7 @@ def test_rules_as_text_as_yaml_and_as_a_list_are_the_same(tmp_path):
     for form in FORMS:
         assert parse_rules(parse_rules(form)[0].spec()) == parse_rules(form)
     assert {form.partition(":")[0] for form in FORMS} == set(RULES)
-    assert [type(rule).name for rule in parse_rules(DEFAULT_RULES)] == ["confidence", "centroid", "duplicates"]
+    assert [type(rule).name for rule in parse_rules(DEFAULT_RULES)] == ["confidence", "duplicates"]
 
 
 @pytest.mark.parametrize(

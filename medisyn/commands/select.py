@@ -13,7 +13,7 @@ from ..console import quiet_progress_bars
 from .arguments import check_names
 
 # The default of `medisyn.generation.selection`, which imports torch.
-RULES = "confidence:0.8,centroid:0.5,duplicates:auto"
+RULES = "confidence:quantile=0.5,duplicates:0.95"
 
 
 def register(app: typer.Typer) -> None:

@@ -35,7 +35,8 @@ __all__ = ["FORMS", "RULES", "Rules", "Selection", "parse_rules", "select"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_RULES = "confidence:0.8,centroid:0.5,duplicates:auto"
+# the surer half of each class, so that none is left empty where synthetic features are shifted against real ones
+DEFAULT_RULES = "confidence:quantile=0.5,duplicates:0.95"
 WARN_BELOW = 0.8  # of the diversity of a random selection
 PASSED = "every rule"  # decided about the images that are kept
 DIGITS = 6  # of scores in the records
