@@ -36,6 +36,7 @@ from medisyn.config_parts import (
     PriorConfig,
     TextConditionConfig,
 )
+from medisyn.overrides import apply_override
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,8 @@ _ADAPTER = TypeAdapter(TrainConfig)
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
     """Read a YAML file and apply overrides such as `train.steps=10` (values are YAML).
 
+    An item of a list is named by its place: `task.conditions.0.dropout=0.3`.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not YAML, an unknown key, a wrong type or range; one line that names the key.
@@ -261,7 +264,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no mapping; expected the keys {_keys(TrainConfig)}")
     for override in overrides or []:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return parse_config(tree, where=str(path))
 
 
@@ -281,28 +284,6 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML."""
     Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"override {override!r} is not of the form key.subkey=value")
-    *parents, last = key.strip().split(".")
-    node = tree
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
-        node = child
-    try:
-        node[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: {value!r} is not a YAML value") from None
-    if isinstance(node[last], str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            node[last] = float(node[last])
-        except ValueError:
-            pass
 
 
 def _first_problem(error: ValidationError) -> str:

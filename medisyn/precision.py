@@ -10,7 +10,6 @@
 import dataclasses
 import logging
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -26,17 +25,16 @@ Precision = Literal["no", "bf16"]
 _WARM_UP, _TIMED = 1, 3  # steps
 
 
-def settle_precision(config: TrainConfig, recorded: Path, timeout: timedelta) -> TrainConfig:
+def settle_precision(config: TrainConfig, recorded: Path) -> TrainConfig:
     """The configuration with "auto" replaced by what the run in this folder uses, or by what is faster.
 
     Args:
         config: Of the run.
         recorded: `config.yaml` in its folder; written by the first process where it is missing.
-        timeout: Of the process group, which the first state of a process makes for all that follow.
     """
     if config.train.mixed_precision != "auto":
         return config
-    state = PartialState(timeout=timeout)
+    state = PartialState()
     with state.main_process_first():
         if recorded.is_file() and (kept := load_config(recorded).train.mixed_precision) != "auto":
             precision = kept

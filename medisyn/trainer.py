@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, send_to_device
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from medisyn.config import OptimConfig, TrainConfig, config_to_dict, load_config, save_config
 from medisyn.precision import settle_precision
+from medisyn.processes import join_processes
 from medisyn.tasks import create_task
 from medisyn.tasks.base import TrainingTask, item_seed
 from medisyn.tasks.batches import training_batches
@@ -73,7 +74,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, task: TrainingTask | None = None) -> None:
         self.folder = Path(config.output_dir)
-        config = self.config = settle_precision(config, self.folder / "config.yaml", CACHING_TIMEOUT)
+        join_processes(CACHING_TIMEOUT)
+        config = self.config = settle_precision(config, self.folder / "config.yaml")
         loop = config.train
         available = ["none", *(tracker.value for tracker in get_available_trackers())]
         if loop.tracker not in available:
@@ -83,10 +85,7 @@ class Trainer:
             gradient_accumulation_steps=loop.accumulation,
             log_with=None if loop.tracker == "none" else loop.tracker,
             project_dir=self.folder,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=CACHING_TIMEOUT),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         processes = self.accelerator.num_processes
         if loop.batch_size % (loop.accumulation * processes):

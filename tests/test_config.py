@@ -93,7 +93,20 @@ def test_a_mistake_is_one_line_that_names_the_key(changes, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["train.steps", "=3", "data.source.name=3", "train.steps=[1"])
+def test_overrides_reach_an_item_of_a_list_by_its_place_and_what_is_null(tmp_path):
+    task = {"type": "diffusion", "base": "model", "preset": None, "method": "lora", "lora": None}
+    task |= {"conditions": [{"type": "text"}, {"type": "labels", "schema": "odir8"}]}
+    overrides = ["task.conditions.0.dropout=0.3", "task.conditions.1.schema=ichallenge", "task.lora.rank=2"]
+    config = load_config(write(tmp_path, DIFFUSION | {"task": task}), overrides)
+    assert config.task.conditions[0].dropout == 0.3
+    assert config.task.conditions[1].schema == "ichallenge"
+    assert config.task.lora.rank == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.steps", "=3", "data.source.name=3", "train.steps=[1", "data.balance_columns.0=a", "data.source.0.a=b"],
+)
 def test_a_malformed_override_is_named(tmp_path, override):
     with pytest.raises(ValueError, match="override"):
         load_config(write(tmp_path, MINIMAL), [override])

@@ -1,7 +1,5 @@
 """`train.mixed_precision: auto`: it is measured once, written down, and kept by a resumed run."""
 
-from datetime import timedelta
-
 import pytest
 
 from medisyn import loading, precision
@@ -9,8 +7,6 @@ from medisyn.config import load_config
 from medisyn.precision import fastest_precision, settle_precision
 from medisyn.trainer import Trainer
 from tests.training import autoencoder_config, diffusion_config, write_base, write_images
-
-HOUR = timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +39,11 @@ def test_the_answer_is_part_of_the_run(folder, monkeypatch):
     assert Trainer(config).config.train.mixed_precision == "no"
     assert load_config(folder / "auto" / "config.yaml").train.mixed_precision == "no"
     monkeypatch.setattr(precision, "fastest_precision", lambda _: "bf16")
-    assert settle_precision(config, folder / "auto" / "config.yaml", HOUR).train.mixed_precision == "no"
+    assert settle_precision(config, folder / "auto" / "config.yaml").train.mixed_precision == "no"
 
 
 def test_a_named_format_is_not_measured(folder, monkeypatch):
     monkeypatch.setattr(precision, "fastest_precision", lambda _: pytest.fail("measured"))
     config = diffusion_config(folder, "named")
-    assert settle_precision(config, folder / "named" / "config.yaml", HOUR) is config
+    assert settle_precision(config, folder / "named" / "config.yaml") is config
     assert not (folder / "named").exists()
