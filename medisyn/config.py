@@ -56,6 +56,7 @@ class DataConfig:
     dataset_column: str | None = None  # name of the source, for the model card
     license_column: str | None = None  # licence of the source, for the model card
     filter: dict[str, tuple[str, ...]] = field(default_factory=dict)  # column -> values that are kept
+    max_images: Positive | None = None  # at most so many of them, drawn at random by a fixed seed
     resolution: Positive = 128  # pixels, square
     crop: Literal["center", "random", "pad"] = "center"
     random_crop_size: Positive | None = None  # pixels; with crop: random, train on crops of this size
@@ -88,7 +89,8 @@ class DiffusionTaskConfig:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
     beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"
     zero_terminal_snr: bool = False  # rescale the betas (Lin et al. 2024); needs v_prediction or sample
-    min_snr_gamma: NonNegative = 5.0  # 0: no weighting (Hang et al. 2023)
+    # Hang et al. 2023; 0: no weighting, since content is decided at noise levels which min-SNR hardly weighs
+    min_snr_gamma: NonNegative = 0.0
     noise_offset: NonNegative = 0.0
     cache_dir: str | None = None  # latents; None: inside the run folder
     cache_batch_size: Positive = 32

@@ -38,7 +38,6 @@ _ONE_REVISION = "`hf download NAME --revision REVISION --local-dir DIR`, then --
 REFUSED = {
     "revision": _ONE_REVISION,
     "non_ema_revision": _ONE_REVISION,
-    "max_train_samples": "a folder or file that holds only the images to train on",
 }
 
 
@@ -71,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("dataset_config_name", text="configuration of the Hub dataset")
     add("image_column", default="image")
     add("caption_column", default="text")
-    add("max_train_samples", int)
+    add("max_train_samples", int, text="train on so many of the images, drawn at random")
     add("output_dir", default="sd-model-finetuned-lora", text="run folder; the adapter is in OUTPUT_DIR/adapter")
     add("cache_dir", text="where downloaded models and datasets are kept")
     add("seed", int, text="0 if not given")
@@ -145,6 +144,7 @@ def translate(arguments: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
         "image_column": arguments.image_column,
         "caption_column": arguments.caption_column,
         "resolution": arguments.resolution,
+        "max_images": arguments.max_train_samples,
         "horizontal_flip": arguments.random_flip,
         "num_workers": arguments.dataloader_num_workers,
     }
@@ -191,6 +191,7 @@ def _require_in_range(arguments: argparse.Namespace) -> None:
         "train_batch_size",
         "num_train_epochs",
         "max_train_steps",
+        "max_train_samples",
         "gradient_accumulation_steps",
     )
     positive += ("rank", "checkpointing_steps", "checkpoints_total_limit", "num_validation_images", "learning_rate")

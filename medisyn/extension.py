@@ -18,8 +18,7 @@
 """
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +29,18 @@ from torch import Tensor, nn
 
 from .adapter_folder import LABEL_WEIGHTS, WORD_WEIGHTS
 from .conditions.labels import LabelSchema
-from .extension_layers import ExtendedEmbedding, ExtendedLinear, ExtensionBlock, distinct_words
+from .extension_layers import (
+    ExtendedLinear,
+    ExtensionBlock,
+    check_name,
+    distinct_words,
+    extension_blocks,
+    label_wrapper,
+    word_wrapper,
+)
+from .extension_words import attach_words, extend_words
 from .pipelines.medisyn_pipeline import KINDS, MediSynPipeline, field_values, label_width
-from .words import extended_tokenizer, ignores_case, is_unknown, new_words, pieces
+from .words import extended_tokenizer, new_words
 
 __all__ = [
     "added",
@@ -46,34 +54,6 @@ __all__ = [
     "save_extension",
     "scale_extension",
 ]
-
-logger = logging.getLogger(__name__)
-
-
-def _labels(pipe: MediSynPipeline) -> ExtendedLinear | None:
-    layer = pipe.unet.class_embedding
-    return layer if isinstance(layer, ExtendedLinear) else None
-
-
-def _words(pipe: MediSynPipeline) -> ExtendedEmbedding | None:
-    layer = None if pipe.text_encoder is None else pipe.text_encoder.get_input_embeddings()
-    return layer if isinstance(layer, ExtendedEmbedding) else None
-
-
-def _blocks(pipe: MediSynPipeline, name: str) -> tuple[ExtensionBlock | None, ExtensionBlock | None]:
-    """The label block and the word block of an extension, None for what it does not have."""
-    labels, words = (wrapper.blocks() if wrapper else {} for wrapper in (_labels(pipe), _words(pipe)))
-    return labels.get(name), words.get(name)
-
-
-def _check_name(pipe: MediSynPipeline, name: str, part: int) -> None:
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"extension name {name!r} cannot be part of a parameter's name; use letters, digits, _ and -")
-    if _blocks(pipe, name)[part] is not None:
-        raise ValueError(f"extension {name!r} has {('label fields', 'words')[part]} already; remove it first")
-
-
-# ---- labels ----
 
 
 def extend_labels(
@@ -97,9 +77,9 @@ def extend_labels(
         ValueError: An ill-formed field, a field of that name but another definition, or a UNet whose class embedding
             is not a label vector's.
     """
-    _check_name(pipe, name, 0)
+    check_name(pipe, name, 0)
     schema = LabelSchema.from_dict({"name": schema_name or name, "fields": fields}).to_dict(rules=False)
-    wrapper = _labels(pipe)
+    wrapper = label_wrapper(pipe)
     base = wrapper.settings["pipe"]["label_schema"] if wrapper else pipe.label_schema
     known = _merge({} if base is None else base["fields"], {})
     _merge(known, schema["fields"])
@@ -134,7 +114,7 @@ def _merge(fields: Mapping[str, Mapping], added: Mapping[str, Mapping]) -> dict[
 
 def _attach_labels(pipe: MediSynPipeline, schema: Mapping[str, Any], weight: Tensor, name: str) -> None:
     """Put a block at the class embedding; nothing is changed if that is not possible."""
-    unet, wrapper = pipe.unet, _labels(pipe)
+    unet, wrapper = pipe.unet, label_wrapper(pipe)
     _merge(pipe.label_schema["fields"] if pipe.label_schema else {}, schema["fields"])
     if wrapper is None:
         base, kind = unet.class_embedding, unet.config.class_embed_type
@@ -165,7 +145,7 @@ def _attach_labels(pipe: MediSynPipeline, schema: Mapping[str, Any], weight: Ten
 
 def _update_labels(pipe: MediSynPipeline) -> None:
     """Bring schema, configurations and columns into line with the extensions that are there."""
-    wrapper = _labels(pipe)
+    wrapper = label_wrapper(pipe)
     before = wrapper.settings["pipe"]
     blocks = list(wrapper.blocks().values())
     if not blocks:
@@ -191,75 +171,12 @@ def _update_labels(pipe: MediSynPipeline) -> None:
     )
 
 
-# ---- words ----
-
-
-def extend_words(pipe: MediSynPipeline, words: Sequence[str], name: str = "default") -> list[str]:
-    """Make each word one token of a pipeline, if it is not yet.
-
-    Args:
-        pipe: Its text encoder is changed in place; it gets a changed copy of its tokenizer.
-        words: In any case where the tokenizer ignores case.
-        name: Of the extension.
-
-    Returns:
-        The words that were added, as the tokenizer sees them.
-
-    Raises:
-        ValueError: A pipeline without a text encoder, or a word that the tokenizer cannot take.
-    """
-    _check_name(pipe, name, 1)
-    if pipe.text_encoder is None:
-        raise ValueError("this pipeline has no text encoder that could learn words")
-    wrapper = _words(pipe)
-    tokenizer = wrapper.tokenizer if wrapper else pipe.tokenizer
-    table = (wrapper.original if wrapper else pipe.text_encoder.get_input_embeddings()).weight.detach()
-    lower = ignores_case(tokenizer)
-    vectors = {}
-    for word in dict.fromkeys(word.strip().lower() if lower else word.strip() for word in words):
-        now, parts = pieces(pipe.tokenizer, word), pieces(tokenizer, word)
-        if not parts:
-            raise ValueError(f"{word!r} is not a word: the tokenizer finds nothing in it")
-        if len(now) > 1 or is_unknown(pipe.tokenizer, now):
-            vectors[word] = table[torch.tensor(parts, device=table.device)].float().mean(dim=0)
-    if vectors:
-        _attach_words(pipe, vectors, name)
-    return list(vectors)
-
-
-def _attach_words(pipe: MediSynPipeline, vectors: Mapping[str, Tensor], name: str) -> None:
-    """Put a block at the token embedding; nothing is changed if that is not possible."""
-    wrapper = _words(pipe)
-    if wrapper is None:
-        base = pipe.text_encoder.get_input_embeddings()
-        if not isinstance(base, nn.Embedding):
-            raise ValueError(f"words can be added to a plain embedding, not to a {type(base).__name__}")
-        wrapper = ExtendedEmbedding(base, pipe.tokenizer)
-    base = wrapper.original
-    expected = {(base.embedding_dim,)}
-    if {tuple(vector.shape) for vector in vectors.values()} != expected:
-        wrong = next(word for word, vector in vectors.items() if tuple(vector.shape) not in expected)
-        raise ValueError(f"the vector of {wrong!r} is {tuple(vectors[wrong].shape)}, not ({base.embedding_dim},)")
-    block = ExtensionBlock(torch.stack(list(vectors.values())).to(base.weight), tuple(vectors))
-    blocks = [*wrapper.blocks().values(), block]
-    tokenizer = extended_tokenizer(wrapper.tokenizer, distinct_words(blocks), wrapper.first_id)
-    wrapper.extensions[name] = block
-    wrapper.freeze()
-    pipe.text_encoder.set_input_embeddings(wrapper)
-    pipe.register_modules(tokenizer=tokenizer)
-    wrapper.update_rows()
-    for other, held in wrapper.blocks().items():
-        shared = set(held.content) & set(block.content) if held is not block else ()
-        if shared:
-            logger.warning("extensions %r and %r both have: %s", other, name, ", ".join(sorted(shared)))
-
-
 # ---- use ----
 
 
 def added(pipe: MediSynPipeline, name: str = "default") -> dict[str, Any]:
     """What an extension adds, as in `adapter.json`: "label_schema" (`{"name", "fields"}` or None) and "tokens"."""
-    labels, words = _blocks(pipe, name)
+    labels, words = extension_blocks(pipe, name)
     return {"label_schema": labels and dict(labels.content), "tokens": list(words.content) if words else []}
 
 
@@ -268,7 +185,7 @@ def extension_parameters(pipe: MediSynPipeline, name: str = "default") -> dict[s
 
     Empty for a name without label fields and words of its own.
     """
-    blocks = zip(("label_embedding", "learned_embeds"), _blocks(pipe, name), strict=True)
+    blocks = zip(("label_embedding", "learned_embeds"), extension_blocks(pipe, name), strict=True)
     return {part: cast(nn.Parameter, block.weight.requires_grad_(True)) for part, block in blocks if block is not None}
 
 
@@ -276,7 +193,7 @@ def save_extension(pipe: MediSynPipeline, folder: str | Path, name: str = "defau
     """Write `label_embedding.safetensors` and `learned_embeds.safetensors`, of these what the extension has."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    labels, words = _blocks(pipe, name)
+    labels, words = extension_blocks(pipe, name)
     if labels is not None:
         metadata = {"format": "pt", "fields": json.dumps(list(labels.content["fields"]))}
         save_file({"weight": labels.weight.detach().cpu().contiguous()}, folder / LABEL_WEIGHTS, metadata=metadata)
@@ -307,7 +224,7 @@ def load_extension(
         if what and not file.is_file():
             raise FileNotFoundError(f"{folder} has no {file.name}, which its adapter.json asks for")
     if schema:
-        _check_name(pipe, name, 0)
+        check_name(pipe, name, 0)
         with safe_open(folder / LABEL_WEIGHTS, framework="pt") as file:
             order = json.loads((file.metadata() or {}).get("fields", "[]"))
             weight = file.get_tensor("weight")
@@ -318,13 +235,13 @@ def load_extension(
             )
         schema["fields"] = {code: schema["fields"][code] for code in order}
     if tokens:
-        _check_name(pipe, name, 1)
+        check_name(pipe, name, 1)
         vectors = load_file(folder / WORD_WEIGHTS)
         if sorted(vectors) != sorted(tokens):
             raise ValueError(f"{folder / WORD_WEIGHTS} has vectors for {sorted(vectors)}, adapter.json {tokens}")
         if pipe.text_encoder is None:
             raise ValueError("this pipeline has no text encoder that could take words")
-        _attach_words(pipe, {word: vectors[word] for word in tokens}, name)
+        attach_words(pipe, {word: vectors[word] for word in tokens}, name)
     if schema:
         try:
             _attach_labels(pipe, schema, weight, name)
@@ -338,16 +255,16 @@ def scale_extension(pipe: MediSynPipeline, name: str, weight: float) -> None:
 
     The vectors of words do not scale. Where several extensions have a word, the greatest weight decides whose is used.
     """
-    for block in _blocks(pipe, name):
+    for block in extension_blocks(pipe, name):
         if block is not None:
             block.scale = float(weight)
-    if (wrapper := _words(pipe)) is not None:
+    if (wrapper := word_wrapper(pipe)) is not None:
         wrapper.update_rows()
 
 
 def remove_extension(pipe: MediSynPipeline, name: str | None = None) -> None:
     """Take an extension off, or all of them (None). A name that has no extension is nothing to remove."""
-    labels, words = _labels(pipe), _words(pipe)
+    labels, words = label_wrapper(pipe), word_wrapper(pipe)
     for wrapper in (labels, words):
         for each in list(wrapper.extensions) if wrapper is not None else ():
             if name in (None, each):
@@ -373,7 +290,7 @@ def fuse_extensions(pipe: MediSynPipeline) -> None:
     Raises:
         ValueError: A LoRA lies on one of the layers.
     """
-    labels, words = _labels(pipe), _words(pipe)
+    labels, words = label_wrapper(pipe), word_wrapper(pipe)
     for wrapper, stock in ((labels, nn.Linear), (words, nn.Embedding)):
         if wrapper is not None and type(wrapper.original) not in (stock, type(None)):
             raise ValueError(f"a {type(wrapper.original).__name__} lies on an extended layer: fuse or unload it first")

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .pipelines.medisyn_pipeline import MediSynPipeline
+
 
 class ExtensionBlock(nn.Module):
     """The weights of one extension at one place.
@@ -136,3 +138,29 @@ class ExtendedEmbedding(ExtendedLayer):
 def distinct_words(blocks: Iterable[ExtensionBlock]) -> list[str]:
     """The words of blocks in the order of their ids."""
     return list(dict.fromkeys(word for block in blocks for word in block.content))
+
+
+def label_wrapper(pipe: MediSynPipeline) -> ExtendedLinear | None:
+    """What holds a pipeline's label extensions, None where it has none."""
+    layer = pipe.unet.class_embedding
+    return layer if isinstance(layer, ExtendedLinear) else None
+
+
+def word_wrapper(pipe: MediSynPipeline) -> ExtendedEmbedding | None:
+    """What holds a pipeline's word extensions, None where it has none."""
+    layer = None if pipe.text_encoder is None else pipe.text_encoder.get_input_embeddings()
+    return layer if isinstance(layer, ExtendedEmbedding) else None
+
+
+def extension_blocks(pipe: MediSynPipeline, name: str) -> tuple[ExtensionBlock | None, ExtensionBlock | None]:
+    """The label block and the word block of an extension, None for what it does not have."""
+    labels, words = (wrapper.blocks() if wrapper else {} for wrapper in (label_wrapper(pipe), word_wrapper(pipe)))
+    return labels.get(name), words.get(name)
+
+
+def check_name(pipe: MediSynPipeline, name: str, part: int) -> None:
+    """Raise ValueError for a name that cannot be a parameter's or is taken; `part` is 0 for labels, 1 for words."""
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"extension name {name!r} cannot be part of a parameter's name; use letters, digits, _ and -")
+    if extension_blocks(pipe, name)[part] is not None:
+        raise ValueError(f"extension {name!r} has {('label fields', 'words')[part]} already; remove it first")

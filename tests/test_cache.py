@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from medisyn.data.cache import (
+    DECODING,
     build_caption_embedding_cache,
     build_image_embedding_cache,
     build_latent_cache,
@@ -77,8 +78,9 @@ def test_another_key_is_refused_with_both_named(tiny_pipeline, images, tmp_path)
     build_latent_cache(pipe, images.select([0, 1]), Preprocessor(32), folder)
     before = {file.name: file.read_bytes() for file in folder.glob("*.npy")}
     other = tiny_pipeline(kinds=(), seed=1)
+    encoder = module_hash(other.vae, without=DECODING)
     attempts = {
-        module_hash(other.vae): lambda: build_latent_cache(other, images.select([0, 1]), Preprocessor(32), folder),
+        encoder: lambda: build_latent_cache(other, images.select([0, 1]), Preprocessor(32), folder),
         "center 64": lambda: build_latent_cache(pipe, images.select([0, 1]), Preprocessor(64), folder),
         "flips=True": lambda: build_latent_cache(pipe, images.select([0, 1]), Preprocessor(32), folder, flips=True),
         "content": lambda: build_latent_cache(pipe, images, Preprocessor(32), folder),
@@ -89,6 +91,20 @@ def test_another_key_is_refused_with_both_named(tiny_pipeline, images, tmp_path)
             attempt()
         assert " not for " in str(error.value) and "\n" not in str(error.value)
     assert {file.name: file.read_bytes() for file in folder.glob("*.npy")} == before
+
+
+def test_latents_stay_where_the_decoder_alone_is_another(tiny_pipeline, images, tmp_path):
+    pipe = tiny_pipeline(kinds=())
+    before = build_latent_cache(pipe, images, Preprocessor(32), tmp_path / "cache").moments(0)["mean"]
+    with torch.no_grad():
+        for parameter in pipe.vae.decoder.parameters():
+            parameter.add_(1.0)
+    after = build_latent_cache(pipe, images, Preprocessor(32), tmp_path / "cache").moments(0)["mean"]
+    assert torch.equal(before, after)
+    with torch.no_grad():
+        next(pipe.vae.encoder.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match=" not for "):
+        build_latent_cache(pipe, images, Preprocessor(32), tmp_path / "cache")
 
 
 def test_random_crops_are_refused(tiny_pipeline, images, tmp_path):

@@ -157,6 +157,15 @@ def test_empty_source():
             load_images(source)
 
 
+def test_at_most_so_many_images_the_same_ones_every_time(parquet):
+    everything = load_images(parquet)
+    some, fewer = load_images(parquet, max_images=3), load_images(parquet, max_images=2)
+    assert list(load_images(parquet, max_images=3).rows) == list(some.rows)
+    assert len(some) == 3 and len(fewer) == 2 and set(fewer.rows) < set(some.rows) < set(everything.rows)
+    assert some.captions == [everything.captions[row] for row in some.rows]
+    assert len(load_images(parquet, max_images=10**6)) == len(everything)
+
+
 def test_filter_keeps_rows_and_their_numbers(parquet):
     images = load_images(parquet, filter={"finding": ("glaucoma", "cataract")})
     assert set(images.column("finding")) == {"glaucoma", "cataract"}

@@ -28,6 +28,7 @@ TRANSLATED = [
     ("--gradient_accumulation_steps 2", "train.accumulation", 2),
     ("--num_train_epochs 2 --train_batch_size 5", "train.steps", 10),  # 24 images are 5 batches
     ("--num_train_epochs 2 --max_train_steps 7", "train.steps", 7),
+    ("--max_train_samples 3 --num_train_epochs 2 --train_batch_size 2", "train.steps", 4),
     ("--seed 5", "train.seed", 5),
     ("--mixed_precision bf16", "train.mixed_precision", "bf16"),
     ("--checkpointing_steps 3 --max_train_steps 9", "train.checkpoint_every", 3),

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .loading import ImageDataset
 
 
+# parts of an autoencoder that latents do not depend on: with a decoder tuned anew they stay
+DECODING = ("decoder.", "post_quant_conv.")
+
+
 class LatentCache(ArrayCache):
     """Latent moments of images, unscaled (see `MediSynPipeline.scale_latents`)."""
 
@@ -91,7 +95,7 @@ def build_latent_cache(
 
     key = {
         "kind": "latents",
-        "encoder": module_hash(pipe.vae),
+        "encoder": module_hash(pipe.vae, without=DECODING),
         "preprocessing": preprocessor.key(),
         "flips": flips,
         "bf16": bf16,
@@ -163,10 +167,17 @@ def build_caption_embedding_cache(
     return EmbeddingCache(folder, contents)
 
 
-def module_hash(module: torch.nn.Module) -> str:
-    """First 16 hexadecimal digits of the SHA-256 of a module's class, parameter names, types and values."""
+def module_hash(module: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """First 16 hexadecimal digits of the SHA-256 of a module's class, parameter names, types and values.
+
+    Args:
+        module: any.
+        without: beginnings of the names of parameters that do not count.
+    """
     hasher = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(without):
+            continue
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()[:16]

@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,15 +32,11 @@ from PIL import Image
 
 from ..config import DataConfig
 from . import medical
+from .laterality import SIDE_COLUMNS, has_side, is_side, states_side
 from .preprocessing import to_rgb
 from .sources import concatenate, open_source
 
 logger = logging.getLogger(__name__)
-
-_SIDE_COLUMNS = ("laterality", "eye_side", "side", "extra.laterality")
-_STATES_A_SIDE = re.compile(r"\b((?i:left|right)|O[DS]|[LR])\b")  # OD and OS are the right and the left eye
-_IS_A_SIDE = re.compile(r"left|right|o[ds]|[lr]", re.IGNORECASE)
-_NO_SIDE = frozenset(("", "none", "null", "nan", "n/a", "na", "unknown", "not stated"))
 
 
 def load_images(config: DataConfig | str | Path | Sequence[str], **options: Any) -> "ImageDataset":
@@ -214,14 +209,14 @@ class ImageDataset:
 
     def may_flip(self) -> np.ndarray:
         """Per item, whether it is among `flip_only` and no caption, label or column states a body side."""
-        stated = np.array([bool(caption and _STATES_A_SIDE.search(caption)) for caption in self.captions], dtype=bool)
+        stated = np.array([states_side(caption) for caption in self.captions], dtype=bool)
         for i, labels in enumerate(self.labels):
             for name, value in (labels or {}).items():
-                side = name in _SIDE_COLUMNS or self.config.label_columns.get(name) in _SIDE_COLUMNS
-                stated[i] |= _has_side(value) if side else bool(_IS_A_SIDE.fullmatch(str(value).strip()))
-        for name in _SIDE_COLUMNS:
+                side = name in SIDE_COLUMNS or self.config.label_columns.get(name) in SIDE_COLUMNS
+                stated[i] |= has_side(value) if side else is_side(value)
+        for name in SIDE_COLUMNS:
             with suppress(ValueError):  # no such column
-                stated |= np.array([_has_side(value) for value in self.column(name)], dtype=bool)
+                stated |= np.array([has_side(value) for value in self.column(name)], dtype=bool)
         for name, allowed in self.config.flip_only.items():
             stated |= np.array([str(value) not in allowed for value in self.column(name)], dtype=bool)
         return ~stated
@@ -285,7 +280,10 @@ class ImageDataset:
             keep &= np.isin(np.array(values, dtype=object), list(map(str, kept)))
         if not keep.any():
             raise ValueError(f"no rows of {self._source!r} pass data.filter {self.config.filter}")
-        return np.flatnonzero(keep)
+        rows = np.flatnonzero(keep)
+        most = self.config.max_images or len(rows)
+        # the same ones in every call, and the fewer among the more
+        return np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
     def _read_labels(self) -> list[dict[str, Any] | None]:
         if self.config.label_schema is not None:
@@ -329,11 +327,6 @@ def pixel_hash(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()[:16]
-
-
-def _has_side(value: Any) -> bool:
-    """Whether a laterality column states a side; a code that is not known here (1, "sin.") is taken for one."""
-    return str(value).strip().lower() not in _NO_SIDE
 
 
 def _position(name: str) -> float:
