@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,11 +35,7 @@ IGNORED = {
     "enable_xformers_memory_efficient_attention": "PyTorch's own memory-efficient attention is always on",
 }
 # argument -> what to use instead; each would change the result
-_ONE_REVISION = "`hf download NAME --revision REVISION --local-dir DIR`, then --pretrained_model_name_or_path DIR"
-REFUSED = {
-    "revision": _ONE_REVISION,
-    "non_ema_revision": _ONE_REVISION,
-}
+REFUSED = {"non_ema_revision": "--revision"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(f"--{name}", type=kind, default=default, help=text, **options)
 
     add("pretrained_model_name_or_path", text="base: folder, Hub name, or `default`", required=True)
-    add("revision")
+    add("revision", text="branch, tag or commit of a base on the Hub")
     add("non_ema_revision")
     add("variant")
     add("train_data_dir", text="folder of images with metadata.jsonl")
@@ -157,7 +154,7 @@ def translate(arguments: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
         "task": {
             "type": "diffusion",
             "preset": None,
-            "base": arguments.pretrained_model_name_or_path,
+            "base": _base(arguments),
             "lora": {"rank": arguments.rank},
             "min_snr_gamma": arguments.snr_gamma or 0.0,
             "noise_offset": arguments.noise_offset,
@@ -205,6 +202,15 @@ def _require_in_range(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--adam_epsilon is {ADAM_EPSILON:g} here, not {arguments.adam_epsilon:g}; leave it out")
     if arguments.push_to_hub and "/" not in (arguments.hub_model_id or ""):
         raise ValueError(f"--push_to_hub needs --hub_model_id owner/name, not {arguments.hub_model_id!r}")
+
+
+def _base(arguments: argparse.Namespace) -> str:
+    name = arguments.pretrained_model_name_or_path
+    if arguments.revision is None:
+        return name
+    if Path(name).exists() or not re.fullmatch("[^/@]+/[^/@]+", name):
+        raise ValueError(f"--revision {arguments.revision!r} is of a Hub name owner/model, and {name!r} is none")
+    return f"{name}@{arguments.revision}"
 
 
 def _source(arguments: argparse.Namespace) -> str:

@@ -86,7 +86,9 @@ def attach_classifier(
         classifier = load_classifier(classifier)
     if classifier is not None:
         classifier.check_latents(pipe)
-        classifier.to(pipe.device, pipe.unet.dtype).eval()
+        classifier.to(pipe.device).eval()
+        if classifier.dtype != pipe.unet.dtype:  # diffusers warns of every cast, needed or not
+            classifier.to(pipe.unet.dtype)
     pipe.register_modules(classifier=classifier)
     return pipe
 

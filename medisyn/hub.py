@@ -12,7 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 INDEX = "model_index.json"
 WITH_WEIGHTS = ("unet", "vae", "text_encoder", "image_encoder", "classifier")
@@ -25,8 +31,14 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether `name` has the form owner/repository."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name)) is not None
+    """Whether `name` has the form owner/repository, perhaps with `@revision`: a branch, tag or commit."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@\w[\w./-]*)?", str(name)) is not None
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """owner/repository@revision to its two parts; None is the newest revision."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def from_hub(
@@ -40,27 +52,30 @@ def from_hub(
 
     Args:
         kind: model, autoencoder or adapter, for messages.
-        name: owner/repository.
+        name: owner/repository, or owner/repository@revision.
         wanted: chooses among the repository's files; raises ValueError if they are not what is looked for.
         marks: files of which one is here if the repository was downloaded before.
         tried: local places that were looked at before, for messages.
 
     Raises:
         PermissionError: the repository is gated.
-        FileNotFoundError: there is none, or it cannot be reached and was not downloaded before.
+        FileNotFoundError: there is none, or no such revision, or it cannot be reached and was not downloaded before.
         ValueError: from `wanted`.
     """
-    hub = constants.ENDPOINT
+    hub, (repository, revision) = constants.ENDPOINT, split_revision(name)
     cause: Exception
     try:
-        listed = HfApi().model_info(name, timeout=TIMEOUT).siblings or []
+        listed = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT).siblings or []
         files = [one.rfilename for one in listed]
-        return Path(snapshot_download(name, allow_patterns=list(wanted(files))))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(wanted(files))))
     except GatedRepoError as error:
-        page = f"{hub}/{name}"
+        page = f"{hub}/{repository}"
         raise PermissionError(f"{kind} {name!r} is gated: accept its conditions on {page}, then {LOG_IN}") from error
     except RepositoryNotFoundError as error:
         reason = f"{hub} has none of this name, or a private one: check the name, or {LOG_IN}"
+        raise _missing(kind, name, tried, reason) from error
+    except RevisionNotFoundError as error:
+        reason = f"{repository} has no branch, tag or commit {revision}: its page is {hub}/{repository}"
         raise _missing(kind, name, tried, reason) from error
     except OfflineModeIsEnabled as error:
         reason, cause = "offline mode is on (HF_HUB_OFFLINE) and it was not downloaded before: go online once", error
@@ -74,7 +89,7 @@ def from_hub(
         reason = f"{hub} cannot be reached and it was not downloaded before: check the network; {first_line(error)}"
         cause = error
     for mark in marks:
-        cached = try_to_load_from_cache(name, mark)
+        cached = try_to_load_from_cache(repository, mark, revision=revision)
         if isinstance(cached, str):
             return Path(cached.removesuffix(mark))
     raise _missing(kind, name, tried, reason) from cause

@@ -31,6 +31,7 @@ from medisyn.hub import (
     is_hub_name,
     model_files,
     pickled_only,
+    split_revision,
     without_index,
 )
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
@@ -63,8 +64,8 @@ def load_pipeline(
     """A trained pipeline: the one embedded in the package, or that of a folder or Hub name.
 
     Args:
-        name_or_dir: a folder with `model_index.json`, a run folder with `pipeline/`, or a Hub name "owner/model" of a
-            MediSyn or Stable-Diffusion-family model. None or "default": the embedded default.
+        name_or_dir: a folder with `model_index.json`, a run folder with `pipeline/`, or a Hub name "owner/model" or
+            "owner/model@revision" of a MediSyn or Stable-Diffusion-family model. None or "default": the embedded one.
         adapter: what to load on top (`medisyn.lora`): a folder, a .safetensors file or a Hub name; several of them; or
             a mapping of such names to weights.
         dtype: of all components, also as a name ("bfloat16"); float32 by default.
@@ -145,7 +146,8 @@ def _find_model(name_or_dir: str | Path) -> Path:
     def wanted(files: Sequence[str]) -> list[str]:
         if INDEX not in files:
             raise ValueError(without_index(name, files))
-        parts = _components(Path(hf_hub_download(name, INDEX)))
+        repository, revision = split_revision(name)
+        parts = _components(Path(hf_hub_download(repository, INDEX, revision=revision)))
         return [INDEX, *model_files(name, files, parts)]
 
     return from_hub("model", name, wanted, (INDEX,), tried)

@@ -26,7 +26,7 @@ from .adapter_folder import (
 )
 from .cards import CardFacts, metrics_of_report
 from .cleaning import without_paths
-from .hub import is_hub_name
+from .hub import is_hub_name, split_revision
 from .licenses import Source
 from .training_record import find_training_record, read_training_record
 
@@ -95,7 +95,7 @@ def _model_facts(
         components={name: part["class"] for name, part in known["components"].items()},
         datasets=without_paths((record_of(subject) or {}).get("datasets", [])),
         base=base,
-        base_model=base.name if base is not None and is_hub_name(base.name) else None,
+        base_model=split_revision(base.name)[0] if base is not None and is_hub_name(base.name) else None,
         metrics=metrics_of_report(report) if report is not None else [],
         notes=report["notes"] if report is not None else [],
         hashes=len((record_of(subject) or {}).get("hashes", [])),
@@ -166,7 +166,7 @@ def _adapter_facts(
         facts=lines,
         datasets=without_paths(manifest["training_data"] or record.get("datasets", [])),
         base=Source(EMBEDDED if base == "default" else base, _license_of(_place_of_base(subject, manifest) or base)),
-        base_model=base if is_hub_name(base) else None,
+        base_model=split_revision(base)[0] if is_hub_name(base) else None,
         metrics=metrics,
         notes=report["notes"] if report is not None else [],
         hashes=len(record.get("hashes", [])),
@@ -204,7 +204,9 @@ def _stock_adapter(subject: "Subject", manifest: Mapping[str, Any], repo_id: str
     more = more or (subject.folder / DECODER_WEIGHTS).is_file()
     if more or not is_hub_name(manifest["base_model"]) or not (subject.folder / LORA_WEIGHTS).is_file():
         return ""
-    load = f'pipe = DiffusionPipeline.from_pretrained("{manifest["base_model"]}")'
+    repository, revision = split_revision(manifest["base_model"])
+    pinned = "" if revision is None else f', revision="{revision}"'
+    load = f'pipe = DiffusionPipeline.from_pretrained("{repository}"{pinned})'
     return (
         f'from diffusers import DiffusionPipeline\n\n{load}\npipe.load_lora_weights("{repo_id}")\n'
         f"image = pipe({call}).images[0]"
@@ -232,7 +234,7 @@ def _license_of(base: str) -> str | None:
 
     try:
         file = Path(place).expanduser() / "README.md"
-        card = ModelCard.load(file if file.is_file() else place, ignore_metadata_errors=True)
+        card = ModelCard.load(file if file.is_file() else split_revision(place)[0], ignore_metadata_errors=True)
     except Exception:  # noqa: BLE001 - no card, no network, no access: then nothing is stated
         return None
     return card.data.get("license_name") or card.data.get("license")

@@ -22,7 +22,7 @@ import yaml
 from .adapter_folder import MANIFEST, SAMPLES
 from .cards import MARK, License, make_card, metrics_of_report, read_sections, settle_license
 from .cleaning import clean_file, find_private, without_paths
-from .hub import INDEX, WITH_WEIGHTS, WITHOUT_WEIGHTS, first_line, is_hub_name
+from .hub import INDEX, WITH_WEIGHTS, WITHOUT_WEIGHTS, first_line, is_hub_name, split_revision
 from .licenses import stated_license
 from .training_record import TRAINING_RECORD
 
@@ -87,7 +87,7 @@ def publish(
         ValueError: A refused card, damaged files, or a report of another model.
         OSError: The Hub refuses or cannot be reached.
     """
-    if not is_hub_name(repo_id):
+    if not is_hub_name(repo_id) or split_revision(repo_id)[1]:
         raise ValueError(f"{repo_id!r} is not a Hub name of the form owner/name")
     subject = find_subject(run_or_folder)
     stated = None if license is None else stated_license(license)

@@ -46,6 +46,10 @@ class Repository:
     def files(self) -> dict[str, bytes]:
         return self.commits[self.head]
 
+    def find(self, revision: str | None) -> str | None:
+        """The commit that a revision names; None: there is no such."""
+        return self.head if revision in (None, "main") else revision if revision in self.commits else None
+
     def commit(self, files: dict[str, bytes]) -> None:
         number = f"{len(self.commits)}{sorted(files)}".encode()
         self.commits[hashlib.sha1(number).hexdigest()] = files
@@ -188,14 +192,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(409 if known else 200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
 
     def _info(self, name: str, revision: str | None = None) -> None:
-        if repository := self._repository(name):
-            facts = {"id": name, "modelId": name, "sha": repository.head, "tags": [], "downloads": 0, "likes": 0}
+        if (repository := self._repository(name)) and (commit := self._commit_of(repository, revision)):
+            facts = {"id": name, "modelId": name, "sha": commit, "tags": [], "downloads": 0, "likes": 0}
             facts |= {"private": repository.private, "gated": "auto" if repository.gated else False}
-            self._send(200, facts | {"siblings": [{"rfilename": path} for path in repository.files]})
+            self._send(200, facts | {"siblings": [{"rfilename": path} for path in repository.commits[commit]]})
 
     def _tree(self, name: str, revision: str) -> None:
-        if repository := self._repository(name):
-            self._send(200, [_entry(path, content) for path, content in repository.files.items()])
+        if (repository := self._repository(name)) and (commit := self._commit_of(repository, revision)):
+            self._send(200, [_entry(path, content) for path, content in repository.commits[commit].items()])
 
     # ---- upload ----
 
@@ -249,15 +253,22 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if repository.gated:
             self._refuse(403, "GatedRepo", f"Access to model {name} is restricted.")
-        elif file not in repository.files:
-            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": repository.head})
+        elif (commit := self._commit_of(repository, revision)) is None:
+            return
+        elif file not in (files := repository.commits[commit]):
+            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         else:
-            content = repository.files[file]
+            content = files[file]
             entry = _entry(file, content)
-            headers = {"ETag": f'"{entry["oid"]}"', "X-Repo-Commit": repository.head, "Accept-Ranges": "bytes"}
+            headers = {"ETag": f'"{entry["oid"]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if "lfs" in entry:
                 headers |= {"X-Linked-Etag": f'"{entry["lfs"]["oid"]}"', "X-Linked-Size": str(len(content))}
             self._send_bytes(200, content, headers)
+
+    def _commit_of(self, repository: Repository, revision: str | None) -> str | None:
+        if (commit := repository.find(revision)) is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return commit
 
     # ---- answers ----
 

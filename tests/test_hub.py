@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.components import tiny_pipeline
-from tests.hub import LocalHub
+from tests.hub import LocalHub, Repository
 
 # Publishes, once or twice, then prints what it said; the stand-in of the command line as long as it is not registered.
 PUBLISH = """
@@ -110,6 +110,21 @@ def test_a_model_and_an_adapter_of_the_hub_generate(hub, tmp_path):
     assert offline == [[0, ""]] * 2
     nowhere = commands(hub, generate(tmp_path / "c", model=model, adapter=adapter), HF_ENDPOINT="http://127.0.0.1:9")
     assert nowhere == [[0, ""]]
+
+
+def test_a_revision_is_pinned_after_an_at_sign(hub, tmp_path):
+    hub.repositories["owner/moving"] = repository = Repository()
+    repository.commit(hub.repositories["stable-diffusion-v1-5/tiny"].files)
+    first = repository.head
+    repository.commit({"README.md": b"moved"})
+    assert commands(hub, ["info", f"owner/moving@{first}"]) == [[0, ""]]
+    assert commands(hub, ["info", f"owner/moving@{first}"], HF_HUB_OFFLINE="1") == [[0, ""]]
+    cases = {
+        "newest": ({"model": "owner/moving"}, ["'owner/moving' is not in diffusers' format"]),
+        "unknown": ({"model": "owner/moving@v9"}, ["owner/moving has no branch, tag or commit v9"]),
+    }
+    results = commands(hub, *(generate(tmp_path / "out", **options) for options, _ in cases.values()))
+    check(results, cases, tmp_path / "out")
 
 
 def test_refusals_say_what_and_why_and_what_to_do(hub, tmp_path):

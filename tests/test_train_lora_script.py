@@ -172,8 +172,18 @@ def test_it_runs_under_a_launcher(folder, launcher, batch_size):
     assert (folder / run / "adapter" / "adapter.json").is_file()
 
 
-@pytest.mark.parametrize("options", [["--rank", "no"], ["--rnk", "3"], ["--lr_scheduler", "odd"], ["--revision", "a"]])
+def test_a_revision_belongs_to_a_hub_name(folder):
+    arguments = arguments_of(folder, "--revision v2")
+    with pytest.raises(ValueError, match="--revision 'v2' is of a Hub name"):
+        translate(arguments)
+    arguments.pretrained_model_name_or_path = "owner/model"
+    assert translate(arguments)[0].task.base == "owner/model@v2"
+
+
+@pytest.mark.parametrize(
+    "options", [["--rank", "no"], ["--rnk", "3"], ["--lr_scheduler", "odd"], ["--non_ema_revision", "a"]]
+)
 def test_bad_input_is_one_line_and_exit_code_2(folder, options):
-    done = run_script(folder, *options)
+    done = run_script(folder, *options.split())
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
