@@ -83,7 +83,7 @@ def test_wrong_sources_and_ordinal_columns_are_named(data, tmp_path):
     refused("'finding' are no grades.*nodule, normal", ordinal="finding", train=data["train"])
     refused("unlabelled' has no column 'modality', but '.*train' has", train=[data["train"], data["unlabelled"]])
     refused("list of sources is empty", train=[])
-    refused("adapter and label_columns are for a model", adapter="knees")
+    refused("adapter, label_columns and conditions are for a model", adapter="knees")
 
 
 def test_an_adapter_is_judged_on_the_same_captions_and_seeds_as_its_base(data, adapted, tmp_path):
@@ -149,6 +149,27 @@ def test_labels_that_the_schema_cannot_read_come_from_a_column(data, tmp_path, t
         run(data, pipe, tmp_path / "out", label_columns={"severity": "finding"}, **options)
     with pytest.raises(ValueError, match="for a model that takes labels"):
         run(data, tiny_pipeline(), tmp_path / "out", label_columns={"dr_grade": "finding"}, **options)
+
+
+def test_one_condition_alone_is_measured_on_the_images_that_have_it(data, tmp_path, tiny_pipeline):
+    graded = tmp_path / "graded"
+    write_images(graded, 4, 9, pairs=tuple(KNEES))
+    lines = [json.loads(line) for line in (graded / "metadata.jsonl").read_text().splitlines()]
+    grades = [int(line["finding"][-1]) or None for line in lines]  # grade 0 is not stated
+    text = "".join(json.dumps(line | {"grade": grade}) + "\n" for line, grade in zip(lines, grades, strict=True))
+    (graded / "metadata.jsonl").write_text(text)
+    options = {"num_images": 6, "num_inference_steps": 1, "per": ["modality", "grade"]}
+    options |= {"label_columns": {"dr_grade": "grade"}, "conditions": ["labels"]}
+    pipe = tiny_pipeline(kinds=("text", "labels"))
+    report = run(data | {"graded": str(graded)}, pipe, tmp_path / "out", "graded", **options)
+    made = load_images(str(tmp_path / "out" / "images"), caption_column=None)
+    assert "prompt" not in made.column_names and None not in made.column("labels.dr_grade")
+    assert report["subject"]["conditions"] == ["labels"]
+    assert report["images"]["real"] == sum(grade is not None for grade in grades)
+    with pytest.raises(ValueError, match="condition of this model 'image'"):
+        run(data, pipe, tmp_path / "no", **options | {"label_columns": None, "conditions": ["image"]})
+    with pytest.raises(ValueError, match="no image of .* has these conditions: labels"):
+        run(data, pipe, tmp_path / "no", **options | {"label_columns": None, "per": ["modality"]})
 
 
 def test_features_of_a_source_serve_every_set_that_it_is_part_of(data, tmp_path):

@@ -44,6 +44,9 @@ def evaluate(
     label_columns: Annotated[
         str | None, typer.Option(metavar="FIELD=COLUMN,...", help="Label fields read from columns of --real.")
     ] = None,
+    conditions: Annotated[
+        str | None, typer.Option(metavar="KINDS", help="Conditions to give, alone or together: text,labels,image.")
+    ] = None,
     extractor: Annotated[
         str, typer.Option(metavar="SPEC", help="inception, timm:NAME@FILE, Hub name, ...")
     ] = "inception",
@@ -85,6 +88,7 @@ def evaluate(
         per=columns,
         ordinal=ordinal,
         label_columns=parse_labels(label_columns) if label_columns else None,
+        conditions=None if conditions is None else [kind.strip() for kind in conditions.split(",")],
         extractor=extractor,
         num_images=num_images,
         num_inference_steps=steps,

@@ -18,6 +18,7 @@ import numpy as np
 from ..config import DataConfig
 from ..data.loading import ImageDataset, load_images
 from ..data.sources import concatenate, open_source
+from ..prompts import choose
 from ..training_record import read_training_record
 
 if TYPE_CHECKING:
@@ -139,6 +140,32 @@ def with_labels(images: ImageDataset, pipe: "MediSynPipeline", columns: Mapping[
         for row, own in enumerate(images.labels)
     ]
     return labelled
+
+
+def captions_of(images: ImageDataset) -> list[str | None]:
+    """The captions, also of images that were opened without: then those of the column "caption"."""
+    if "caption" in images.column_names and all(caption is None for caption in images.captions):
+        return images.column("caption")
+    return images.captions
+
+
+def with_conditions(images: ImageDataset, pipe: "MediSynPipeline", kinds: Sequence[str]) -> ImageDataset:
+    """The images that have all of these kinds of condition to give to `pipe`.
+
+    Raises:
+        ValueError: A kind that the model does not take, or no image that has them.
+    """
+    for kind in kinds:
+        choose("condition of this model", kind, pipe.kinds)
+    has = {
+        "text": [caption is not None for caption in captions_of(images)],
+        "labels": [any(value is not None for value in (own or {}).values()) for own in images.labels],
+        "image": [True] * len(images),
+    }
+    rows = [row for row in range(len(images)) if all(has[kind][row] for kind in kinds)]
+    if not rows:
+        raise ValueError(f"no image of {images.config.source!r} has these conditions: {', '.join(kinds)}")
+    return images.select(rows)
 
 
 def nested_values(dataset: ImageDataset, columns: Sequence[str]) -> dict[str, list[str | None]]:

@@ -36,6 +36,7 @@ from .inputs import (
     open_pipeline,
     shipped_schema,
     source_names,
+    with_conditions,
     with_labels,
     without_overlap,
 )
@@ -60,6 +61,7 @@ def evaluate(
     per: Sequence[str] | None = None,
     ordinal: Ordinal | None = None,
     label_columns: Mapping[str, str] | None = None,
+    conditions: Sequence[str] | None = None,
     extractor: str = "inception",
     num_images: int = 600,
     num_inference_steps: int | None = None,
@@ -85,6 +87,8 @@ def evaluate(
         ordinal: Those of them whose values are grades, which adds quadratic-weighted kappa: "COLUMN" where the values
             end in numbers, else "COLUMN=FIRST,SECOND,..." from the lowest to the highest; several, or a mapping.
         label_columns: Label field of the model -> column of `real`, for fields that its schema cannot read by itself.
+        conditions: Kinds of condition that the model is given of each real image, "text", "labels", "image"; only
+            images that have all of them are used. None: captions and labels, as far as an image has them.
         extractor: One of `medisyn.evaluation.EXTRACTORS`.
         num_images: Images to generate; of a folder, all are used.
         num_inference_steps: Of the sampler; None is the pipeline's default.
@@ -111,8 +115,10 @@ def evaluate(
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     orders = parse_ordinal(ordinal)
     out = Path(out)
-    if is_images(model_or_folder) and (adapter is not None or label_columns):
-        raise ValueError(f"adapter and label_columns are for a model, but {str(model_or_folder)!r} names images")
+    if is_images(model_or_folder) and (adapter is not None or label_columns or conditions):
+        raise ValueError(
+            f"adapter, label_columns and conditions are for a model, but {str(model_or_folder)!r} names images"
+        )
     pipe = None if is_images(model_or_folder) else open_pipeline(model_or_folder, adapter)
     if pipe is not None:
         check_replaceable(out / "images")
@@ -120,6 +126,8 @@ def evaluate(
     everything = open_images(real, (*columns, "caption"), shipped_schema(pipe))
     if label_columns:
         everything = with_labels(everything, pipe, label_columns)
+    if conditions:
+        everything = with_conditions(everything, pipe, conditions)
     train = None if train is None else open_images(train, columns)
     if per is None:
         per = [column for column in USUAL_COLUMNS if column in everything.column_names]
@@ -139,9 +147,9 @@ def evaluate(
         # only asked for but shown to the model.
         asked = real if "image" in pipe.kinds else everything
         synthetic = generate_like(
-            pipe, asked, out / "images", per, num_images, seed, batch_size, progress, **arguments
+            pipe, asked, out / "images", per, num_images, seed, batch_size, progress, conditions, **arguments
         )
-        subject = _subject(pipe) | {"conditions": list(pipe.kinds), **arguments}
+        subject = _subject(pipe) | {"conditions": list(conditions or pipe.kinds), **arguments}
 
     features_of.resolution = min(synthetic.image(0).size)
     sets = {"real": real, "synthetic": synthetic} | ({} if train is None else {"train": train})

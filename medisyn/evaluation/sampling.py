@@ -22,6 +22,7 @@ from ..data.loading import ImageDataset, load_images
 from ..generation.output_folder import METADATA
 from ..generation.provenance import SOFTWARE, adapter_hash, read_provenance, write_json_lines, write_png
 from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_value
+from .inputs import captions_of
 
 SETTINGS = ("num_inference_steps", "guidance_scale")  # of the pipeline, recorded with every image
 # What is left in the hidden folder of a run that was killed.
@@ -37,11 +38,10 @@ def generate_like(
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = True,
+    kinds: Sequence[str] | None = None,
     **arguments,
 ) -> ImageDataset:
-    """One image for each of `number` rows of `real`, from the row's caption and labels.
-
-    A model that is conditioned on images alone gets the row's image.
+    """One image for each of `number` rows of `real`, from conditions of the row.
 
     Args:
         pipe: The model.
@@ -53,26 +53,27 @@ def generate_like(
         seed: Of the draw; image i is made with `seed + i`.
         batch_size: Images per call.
         progress: Show a bar.
+        kinds: Conditions that the model is given of a row; None: caption and labels, or the row's image where the
+            model takes nothing else.
         arguments: Further arguments of every call of the pipeline.
 
     Raises:
         ValueError: `real` has no captions for a model that takes text, or no labels for one that takes only labels.
         FileExistsError: `folder` has something that was not made here; nothing is generated.
     """
+    kinds = tuple(kinds or (kind for kind in pipe.kinds if kind != "image" or pipe.kinds == ("image",)))
     partial = folder.with_name(f".{folder.name}.partial")
     check_replaceable(folder)
     check_replaceable(partial)
     strata = real.column(columns[0]) if columns else [None] * len(real)
     rows = draw_rows(strata, number, seed)
-    captions = real.captions
-    if "caption" in real.column_names and all(caption is None for caption in captions):
-        captions = real.column("caption")
+    captions = captions_of(real)
     values = {column: real.column(column) for column in columns}
-    if "text" in pipe.kinds and all(caption is None for caption in captions):
+    if "text" in kinds and all(caption is None for caption in captions):
         raise ValueError(
             f"the model takes text but {real.config.source!r} has no captions; columns: {', '.join(real.column_names)}"
         )
-    if pipe.kinds == ("labels",) and all(labels is None for labels in real.labels):
+    if kinds == ("labels",) and all(labels is None for labels in real.labels):
         raise ValueError(
             f"the model takes labels but {real.config.source!r} has none; map them with data.label_columns"
         )
@@ -86,18 +87,22 @@ def generate_like(
             batch = rows[start : start + batch_size]
             seeds = [seed + start + position for position in range(len(batch))]
             conditions: dict = {}
-            if "text" in pipe.kinds:
+            if "text" in kinds:
                 conditions["prompt"] = [captions[row] for row in batch]
-            if "labels" in pipe.kinds:
+            if "labels" in kinds:
                 conditions["labels"] = [_canonical(pipe.label_schema, real.labels[row]) for row in batch]
-            if pipe.kinds == ("image",):
+            if "image" in kinds:
                 conditions["image"] = [real.image(row) for row in batch]
-            if not pipe.kinds:
+            if not kinds:
                 conditions["num_images_per_prompt"] = len(batch)
             generators = [torch.Generator().manual_seed(each) for each in seeds]
             images = pipe(**conditions, **arguments, generator=generators).images
             for position, (row, image) in enumerate(zip(batch, images, strict=True)):
-                asked = {"prompt": captions[row], "seed": seeds[position], **shared}
+                asked = {
+                    "prompt": conditions.get("prompt", [None] * len(batch))[position],
+                    "seed": seeds[position],
+                    **shared,
+                }
                 if "labels" in conditions:
                     asked["labels"] = conditions["labels"][position] or None
                 if "image" in conditions:
