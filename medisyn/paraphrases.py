@@ -93,6 +93,11 @@ MODALITY_ALONE, FINDING_ALONE = 0.15, 0.1  # shares of the rewritten captions
 DETAIL_KEPT = 0.75  # probability that a detail of the caption is said
 
 
+def perhaps_paraphrase(caption: str | None, share: float, rng: Random) -> str | None:
+    """Another wording of a caption for this share of the calls, else the caption; None stays None."""
+    return paraphrase(caption, rng) if caption and rng.random() < share else caption
+
+
 def paraphrase(text: str, rng: Random) -> str:
     """Another wording of a canonical caption; any other text as it is."""
     described = parse_caption(text)

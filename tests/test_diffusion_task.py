@@ -9,6 +9,7 @@ import torch
 from medisyn.backbone import create_pipeline, load_pipeline
 from medisyn.config import DiffusionTaskConfig
 from medisyn.data.loading import load_images
+from medisyn.tasks.base import draw_latents
 from medisyn.tasks.diffusion import DiffusionTask
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record, write_training_record
@@ -103,8 +104,8 @@ def test_latents_of_a_kl_autoencoder_are_sampled_anew_from_cached_moments(folder
     task = DiffusionTask(config)
     batch = batch_of(task)
     assert {"mean", "logvar"} <= set(batch)
-    first, again = task._latents(batch), task._latents(batch)
-    other = task._latents(batch | {"seed": batch["seed"] + 100})
+    first, again = draw_latents(task.pipe, batch), draw_latents(task.pipe, batch)
+    other = draw_latents(task.pipe, batch | {"seed": batch["seed"] + 100})
     assert torch.equal(first, again) and not torch.equal(first, other)
     with torch.no_grad():
         images = torch.stack([task.pipe.image_processor.preprocess(task.data.images.image(i))[0] for i in range(4)])
@@ -148,16 +149,6 @@ def test_flip_only_names_what_may_be_mirrored(folder, tmp_path):
     data["flip_only"] = {"kind": ["7"]}
     with pytest.raises(ValueError, match="data.flip_only: no row has kind='7'; values: 0, 1, 2"):
         DiffusionTask(diffusion_config(folder, data=data))
-
-
-def test_captions_are_said_in_other_words_by_the_seed_of_the_item(folder):
-    text = {"type": "text", "train_encoder": True, "paraphrase": 0.5}
-    task = DiffusionTask(diffusion_config(folder, task={"conditions": [text]}))
-    glioma = "brain MRI slice showing a glioma"
-    worded = [task._worded(glioma, seed) for seed in range(200)]
-    assert worded == [task._worded(glioma, seed) for seed in range(200)]
-    assert 70 < worded.count(glioma) < 130 and len(set(worded)) > 10
-    assert task._worded(None, 0) is None and task._worded("bright square", 1) == "bright square"
 
 
 def test_a_trained_text_encoder_learns_new_words_and_records_all_that_it_knows(folder):

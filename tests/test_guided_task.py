@@ -15,6 +15,7 @@ from medisyn.config import TrainConfig, parse_config
 from medisyn.guidance import attach_classifier
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
 from medisyn.tasks import guided
+from medisyn.tasks.base import draw_latents
 from medisyn.tasks.guided import GuidedTask
 from medisyn.tasks.labelled_rows import UNLABELLED, labelled_weights
 from medisyn.trainer import Trainer
@@ -74,7 +75,7 @@ def batch_of(task, rows):
 
 
 def noised_latents(task, count=4, level=0.5):
-    latents = task._latents(batch_of(task, tuple(range(count))))
+    latents = draw_latents(task.pipe, batch_of(task, tuple(range(count))))
     timesteps = torch.full((count,), int(level * 1000))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     return task.noising.add_noise(latents, noise, timesteps), timesteps

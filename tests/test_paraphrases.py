@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from medisyn import paraphrases, prompts
-from medisyn.paraphrases import paraphrase
+from medisyn.paraphrases import paraphrase, perhaps_paraphrase
 
 
 def test_every_modality_and_finding_has_names():
@@ -54,3 +54,12 @@ def test_known_phrases_hold_every_word_of_every_wording():
         for seed in range(50):
             words = paraphrase(text, Random(seed)).lower().replace(",", " ").split()
             assert {word for word in words if not word[0].isdigit()} <= known
+
+
+def test_a_share_of_the_captions_is_said_in_other_words_by_the_seed():
+    glioma = "brain MRI slice showing a glioma"
+    worded = [perhaps_paraphrase(glioma, 0.5, Random(seed)) for seed in range(200)]
+    assert worded == [perhaps_paraphrase(glioma, 0.5, Random(seed)) for seed in range(200)]
+    assert 70 < worded.count(glioma) < 130 and len(set(worded)) > 10
+    assert perhaps_paraphrase(None, 1.0, Random(0)) is None
+    assert perhaps_paraphrase("bright square", 1.0, Random(1)) == "bright square"

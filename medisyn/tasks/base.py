@@ -21,6 +21,7 @@ from torch.utils.data import default_collate
 
 from medisyn.config import OptimConfig, TrainConfig
 from medisyn.data.loading import ImageDataset, load_readable
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 
 
 def item_seed(seed: int, step: int, position: int) -> int:
@@ -41,6 +42,23 @@ def seeded_uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:
 
 def _generator(seed: int, stream: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed + stream * 0x9E3779B97F4A7C15) % (1 << 63))
+
+
+POSTERIOR = 0  # stream of the draw from an autoencoder's posterior
+
+
+def draw_latents(pipe: MediSynPipeline, batch: Mapping[str, Tensor]) -> Tensor:
+    """Latents on the UNet's scale, float32 (B, C, h, w): of an autoencoder with a posterior, one draw for each item.
+
+    Args:
+        pipe: Whose autoencoder made the moments.
+        batch: "mean" and perhaps "logvar" (B, C, h, w), as `LatentCache.moments` gives them, and "seed" (B,).
+    """
+    latents = batch["mean"].float().to(pipe.device)
+    if "logvar" in batch:
+        noise = seeded_normal(batch["seed"], latents.shape[1:], POSTERIOR).to(latents.device)
+        latents = latents + torch.exp(0.5 * batch["logvar"].float().to(latents.device)) * noise
+    return pipe.scale_latents(latents)
 
 
 class TrainingTask(nn.Module):

@@ -37,9 +37,18 @@ from medisyn.data.preprocessing import Preprocessor
 from medisyn.decoder_adapter import find_decoder_lora, load_decoder_lora
 from medisyn.loading import base_name
 from medisyn.losses import diffusion_target, min_snr_weights
-from medisyn.paraphrases import known_phrases, paraphrase
+from medisyn.paraphrases import known_phrases, perhaps_paraphrase
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline, words_of
-from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.tasks.base import (
+    POSTERIOR,
+    TrainingTask,
+    draw_latents,
+    image_grid,
+    image_record,
+    load_splits,
+    seeded_normal,
+    seeded_uniform,
+)
 from medisyn.tasks.cached_images import CachedImages, MixedImages, mixing_weights, prior_data
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
@@ -50,7 +59,7 @@ PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
 PHRASE_COUNT = 5  # how often each phrase of a paraphrase counts where words are looked for
 DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
 # streams of an item's seed: one for each use, so that adding a use does not change the others
-_POSTERIOR, _NOISE, _OFFSET, _UNIFORMS = range(4)
+_NOISE, _OFFSET, _UNIFORMS = range(POSTERIOR + 1, 4)
 _WORDING = 6  # 4 and 5 are the image condition's
 
 
@@ -191,7 +200,7 @@ class DiffusionTask(TrainingTask):
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted denoising loss and the unweighted error."""
-        latents, seeds = self._latents(batch), batch["seed"]
+        latents, seeds = draw_latents(self.pipe, batch), batch["seed"]
         noise = seeded_normal(seeds, latents.shape[1:], _NOISE).to(latents.device)
         if self.options.noise_offset:
             offset = seeded_normal(seeds, (latents.shape[1], 1, 1), _OFFSET).to(latents.device)
@@ -205,14 +214,6 @@ class DiffusionTask(TrainingTask):
         snr, prediction_type = compute_snr(self.noising, timesteps), self.noising.config.prediction_type
         loss = (error * min_snr_weights(snr, self.options.min_snr_gamma, prediction_type)).mean()
         return {"loss": loss, "error": error.detach().mean()}
-
-    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Scaled latents, (B, C, h, w); of an autoencoder with a posterior, a sample."""
-        latents = batch["mean"].float()
-        if "logvar" in batch:
-            noise = seeded_normal(batch["seed"], latents.shape[1:], _POSTERIOR).to(latents.device)
-            latents = latents + torch.exp(0.5 * batch["logvar"].float()) * noise
-        return self.pipe.scale_latents(latents)
 
     def _embeds(
         self,
@@ -232,7 +233,8 @@ class DiffusionTask(TrainingTask):
                 examples = data.examples(rows)
                 if condition.kind == "text":
                     for example, seed in zip(examples, seeds, strict=False):
-                        example["caption"] = self._worded(example["caption"], seed)
+                        rng = Random(seed + _WORDING)
+                        example["caption"] = perhaps_paraphrase(example["caption"], self._paraphrase, rng)
                 embeds[condition.kind] = condition.encode(self.pipe, examples)
             else:
                 embeds[condition.kind] = cached.to(self.pipe.device)
@@ -246,11 +248,6 @@ class DiffusionTask(TrainingTask):
             return
         taught = words_of([*self.images.captions, *(known_phrases() if text.paraphrase else [])])
         self.pipe.register_to_config(known_words=sorted({*(known or []), *taught}))
-
-    def _worded(self, caption: str | None, seed: int) -> str | None:
-        """The caption, or another wording of it: a share of the items, each by its seed alone."""
-        rng = Random(seed + _WORDING)
-        return paraphrase(caption, rng) if caption and rng.random() < self._paraphrase else caption
 
     def _unet_conditions(
         self, embeds: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None = None, batch_size: int = 1
@@ -296,7 +293,7 @@ class DiffusionTask(TrainingTask):
             for rows in torch.arange(len(data)).split(64):
                 batch = self.collate([data.moments(row) for row in rows.tolist()])
                 batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
-                latents = self._latents(batch)
+                latents = draw_latents(self.pipe, batch)
                 noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
                 timesteps = torch.full(
                     (len(rows),), int(level * self.noising.config.num_train_timesteps), device=device

@@ -44,7 +44,16 @@ from medisyn.loading import base_name, load_pipeline
 from medisyn.lora import fuse_adapters
 from medisyn.losses import diffusion_target, min_snr_weights
 from medisyn.pipelines.medisyn_pipeline import EMBEDS_NAMES
-from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.tasks.base import (
+    POSTERIOR,
+    TrainingTask,
+    draw_latents,
+    image_grid,
+    image_record,
+    load_splits,
+    seeded_normal,
+    seeded_uniform,
+)
 from medisyn.tasks.cached_images import CachedImages, MixedImages
 from medisyn.tasks.diffusion import VALIDATION_NOISE_LEVELS
 from medisyn.tasks.labelled_rows import (
@@ -59,7 +68,7 @@ from medisyn.training_record import find_training_record, merge_training_records
 
 PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
 # streams of an item's seed: one for each use, so that adding a use does not change the others
-_POSTERIOR, _NOISE, _UNIFORMS = range(3)
+_NOISE, _UNIFORMS = range(POSTERIOR + 1, 3)
 
 
 class GuidedTask(TrainingTask):
@@ -183,7 +192,7 @@ class GuidedTask(TrainingTask):
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The weighted loss, and unweighted: the error against the guided teacher and on labelled images."""
-        latents, seeds = self._latents(batch), batch["seed"]
+        latents, seeds = draw_latents(self.pipe, batch), batch["seed"]
         noise = seeded_normal(seeds, latents.shape[1:], _NOISE).to(latents.device)
         uniforms = seeded_uniform(seeds, 4, _UNIFORMS).to(latents.device)
         timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long()
@@ -205,14 +214,6 @@ class GuidedTask(TrainingTask):
             "distillation_error": distillation.detach().mean(),
             "data_error": (own * error).detach().sum() / own.sum().clamp(min=1.0),
         }
-
-    def _latents(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Scaled latents, (B, C, h, w); of an autoencoder with a posterior, a sample."""
-        latents = batch["mean"].float()
-        if "logvar" in batch:
-            noise = seeded_normal(batch["seed"], latents.shape[1:], _POSTERIOR).to(latents.device)
-            latents = latents + torch.exp(0.5 * batch["logvar"].float()) * noise
-        return self.pipe.scale_latents(latents)
 
     def _draw_classes(self, noised: Tensor, timesteps: Tensor, uniforms: Tensor) -> Tensor:
         """A class for every item, (B,): uniformly for `uniform_classes` of them, else by p(y | z_t).
@@ -273,7 +274,7 @@ class GuidedTask(TrainingTask):
             for rows in torch.arange(len(data)).split(64):
                 batch = self.collate([data.moments(row) for row in rows.tolist()])
                 batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
-                latents, classes = self._latents(batch), self._validation_classes[rows].to(device)
+                latents, classes = draw_latents(self.pipe, batch), self._validation_classes[rows].to(device)
                 noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
                 step = int(level * self.noising.config.num_train_timesteps)
                 timesteps = torch.full((len(rows),), step, device=device)

@@ -34,7 +34,15 @@ from medisyn.data.subsets import class_names, stratified_subset
 from medisyn.guidance import attach_classifier
 from medisyn.loading import load_pipeline
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
-from medisyn.tasks.base import TrainingTask, image_record, load_splits, seeded_normal, seeded_uniform
+from medisyn.tasks.base import (
+    POSTERIOR,
+    TrainingTask,
+    draw_latents,
+    image_record,
+    load_splits,
+    seeded_normal,
+    seeded_uniform,
+)
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -44,7 +52,7 @@ TEMPERATURES = (0.2, 5.0)  # range that is searched
 CALIBRATION_DRAWS = 4  # of noise for each validation image
 CALIBRATION_BINS = 15
 # streams of an item's seed
-_POSTERIOR, _NOISE, _UNIFORMS = range(3)
+_NOISE, _UNIFORMS = range(POSTERIOR + 1, 3)
 
 
 class LatentClassifierTask(TrainingTask):
@@ -143,13 +151,9 @@ class LatentClassifierTask(TrainingTask):
 
     def _noised(self, batch: Mapping[str, Tensor], timesteps: Tensor) -> Tensor:
         """Scaled latents with the noise of these timesteps; noise by the items' seeds alone."""
-        device = self.pipe.device
-        latents = batch["mean"].float().to(device)
-        if "logvar" in batch:
-            draw = seeded_normal(batch["seed"], latents.shape[1:], _POSTERIOR).to(device)
-            latents = latents + torch.exp(0.5 * batch["logvar"].float().to(device)) * draw
-        noise = seeded_normal(batch["seed"], latents.shape[1:], _NOISE).to(device)
-        return self.noising.add_noise(self.pipe.scale_latents(latents), noise, timesteps.to(device))
+        latents = draw_latents(self.pipe, batch)
+        noise = seeded_normal(batch["seed"], latents.shape[1:], _NOISE).to(latents.device)
+        return self.noising.add_noise(latents, noise, timesteps.to(latents.device))
 
     @torch.no_grad()
     def _validation_logits(self, level: float, count: int, draws: int = 1) -> tuple[Tensor, Tensor]:
