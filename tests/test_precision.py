@@ -34,7 +34,6 @@ def test_the_autoencoder_of_the_embedded_default_can_be_measured(folder, tmp_pat
 
 def test_the_answer_is_part_of_the_run(folder, monkeypatch):
     config = diffusion_config(folder, "auto", train={"mixed_precision": "auto", "steps": 1})
-    # "no", as in the other tests: a process has one Accelerator state
     monkeypatch.setattr(precision, "fastest_precision", lambda _: "no")
     assert Trainer(config).config.train.mixed_precision == "no"
     assert load_config(folder / "auto" / "config.yaml").train.mixed_precision == "no"
@@ -47,3 +46,11 @@ def test_a_named_format_is_not_measured(folder, monkeypatch):
     config = diffusion_config(folder, "named")
     assert settle_precision(config, folder / "named" / "config.yaml") is config
     assert not (folder / "named").exists()
+
+
+def test_a_notebook_may_train_a_second_run_in_another_precision(folder):
+    for precision in ("no", "bf16", "no"):
+        own = {"task": {"cache_dir": None}, "train": {"mixed_precision": precision, "steps": 1}}
+        run = Trainer(diffusion_config(folder, f"after_{precision}", **own))
+        assert run.accelerator.mixed_precision == precision
+        assert (run.fit() / "pipeline").is_dir()

@@ -184,6 +184,6 @@ def test_a_revision_belongs_to_a_hub_name(folder):
     "options", [["--rank", "no"], ["--rnk", "3"], ["--lr_scheduler", "odd"], ["--non_ema_revision", "a"]]
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, options):
-    done = run_script(folder, *options.split())
+    done = run_script(folder, *options)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
