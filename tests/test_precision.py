@@ -49,8 +49,8 @@ def test_a_named_format_is_not_measured(folder, monkeypatch):
 
 
 def test_a_notebook_may_train_a_second_run_in_another_precision(folder):
-    for precision in ("no", "bf16", "no"):
-        own = {"task": {"cache_dir": None}, "train": {"mixed_precision": precision, "steps": 1}}
-        run = Trainer(diffusion_config(folder, f"after_{precision}", **own))
-        assert run.accelerator.mixed_precision == precision
+    for name in ("no", "bf16", "no"):
+        own = {"task": {"cache_dir": None}, "train": {"mixed_precision": name, "steps": 1}}
+        run = Trainer(diffusion_config(folder, f"after_{name}", **own))
+        assert run.accelerator.mixed_precision == name
         assert (run.fit() / "pipeline").is_dir()
