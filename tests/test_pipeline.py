@@ -254,6 +254,7 @@ class TestGuidance:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
         noise = torch.randn(1, 4, 4, 4, generator=seeds(0)[0])
         options = {"latents": noise, "num_inference_steps": 1, "output_type": "latent"}
+        options["guidance_interval"] = (0.0, 1.0)
         result = pipe("x", labels="gc=1", guidance_scale=scale, **options).images
         t = pipe.scheduler.timesteps[0]
         null, text, both = self.predictions(pipe, "x", "gc=1", noise, t)
@@ -267,7 +268,7 @@ class TestGuidance:
     def test_only_needed_predictions_are_made(self, scale, evaluations, unet_batches):
         pipe = tiny_pipeline(("text", "labels"))
         batches = unet_batches(pipe)
-        sample(pipe, "x", labels="gc=1", guidance_scale=scale)
+        sample(pipe, "x", labels="gc=1", guidance_scale=scale, guidance_interval=(0.0, 1.0))
         assert batches == [evaluations] * 2
         batches.clear()
         sample(pipe, guidance_scale=scale)
@@ -279,6 +280,9 @@ class TestGuidance:
         sample(pipe, "x", guidance_interval=(0.25, 0.75), num_inference_steps=10)
         fractions = [float(t) / 1000 for t in pipe.scheduler.timesteps]
         assert batches == [2 if 0.25 <= fraction <= 0.75 else 1 for fraction in fractions]
+        batches.clear()
+        sample(pipe, "x", num_inference_steps=10)
+        assert batches == [2 if fraction <= 0.8 else 1 for fraction in fractions]
         everywhere = sample(pipe, "x", guidance_scale=1.0)
         np.testing.assert_array_equal(sample(pipe, "x", guidance_scale=5.0, guidance_interval=(0, 0)), everywhere)
 

@@ -68,6 +68,7 @@ def test_png_says_where_it_comes_from(pipe, tmp_path):
         "seed": 7,
         "num_inference_steps": 3,
         "guidance_scale": {"text": 2.0, "labels": 1.5},
+        "guidance_interval": [0.0, 0.8],
         "scheduler": "DDIMScheduler",
         "synthetic": True,
         "notice": "synthetic image, not for diagnosis",
@@ -164,11 +165,11 @@ def test_more_images_of_the_same_request_are_added(pipe, tmp_path):
     assert len(lines_of(tmp_path)) == 3
 
 
-def test_guidance_that_is_not_the_default_is_recorded_and_never_left_out_silently(pipe, tmp_path):
+def test_guidance_is_recorded_and_never_left_out_silently(pipe, tmp_path):
     requests = make_requests(["a"], 2)
-    options = {"guidance_interval": (0.2, 0.8), "guidance_rescale": 0.5}
+    options = {"guidance_interval": (0.2, 0.7), "guidance_rescale": 0.5}
     file, _ = synthesize(pipe, requests, tmp_path / "out", **options, **FAST)
-    assert {name: read_provenance(file)[name] for name in options} == options | {"guidance_interval": [0.2, 0.8]}
+    assert {name: read_provenance(file)[name] for name in options} == options | {"guidance_interval": [0.2, 0.7]}
     assert lines_of(tmp_path / "out")[0]["guidance_rescale"] == 0.5
     (tmp_path / "out" / "metadata.jsonl").unlink()  # as if the run had been killed before it was written
     for other in ({}, {"guidance_rescale": 0.5}):
@@ -176,8 +177,9 @@ def test_guidance_that_is_not_the_default_is_recorded_and_never_left_out_silentl
             synthesize(pipe, requests, tmp_path / "out", **other, **FAST)
     assert synthesize(pipe, requests, tmp_path / "out", **options, **FAST)[0] == file
     plain, _ = synthesize(pipe, requests, tmp_path / "plain", **FAST)
-    default = {"guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
+    default = {"guidance_interval": (0.0, 0.8), "guidance_rescale": 0.0}
     asked, _ = synthesize(pipe, requests, tmp_path / "asked", **default, **FAST)
+    assert read_provenance(plain)["guidance_interval"] == [0.0, 0.8]
     assert plain.read_bytes() == asked.read_bytes() != file.read_bytes()
 
 

@@ -27,6 +27,10 @@ StepsOption = Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling
 GuidanceOption = Annotated[
     str | None, typer.Option(help='Weight of the conditions: a number, or one per kind, "text=3,labels=2".')
 ]
+GuidanceIntervalOption = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Where guidance is on, from no noise (0) to the most (1)."),
+]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME[=WEIGHT]", help="Adapter to load on top: folder, file or Hub name; may be repeated."),
@@ -57,6 +61,12 @@ def parse_guidance(text: str) -> float | dict[str, float]:
             raise ValueError(f"--guidance {text!r}: {kind!r} is not one of {', '.join(KINDS)}, once each")
         weights[kind] = number(value)
     return weights
+
+
+def check_interval(option: str, interval: tuple[float, float] | None) -> None:
+    """Refuse what is not a part of 0..1."""
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"{option} must be LOW HIGH with 0 <= LOW <= HIGH <= 1, not {interval}")
 
 
 def parse_adapters(given: Sequence[str] | None) -> dict[str, float]:

@@ -12,9 +12,11 @@ from ..console import quiet_progress_bars
 from .arguments import (
     DEFAULT,
     AdapterOption,
+    GuidanceIntervalOption,
     GuidanceOption,
     SeedOption,
     StepsOption,
+    check_interval,
     check_names,
     parse_adapters,
     parse_guidance,
@@ -53,6 +55,7 @@ def evaluate(
     num_images: Annotated[int, typer.Option(min=2, max=100_000, help="Images to generate.")] = 600,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
+    guidance_interval: GuidanceIntervalOption = None,
     seed: SeedOption = 0,
     cache: Annotated[str | None, typer.Option(metavar="DIR", help="Keeps features for the next evaluation.")] = None,
     allow_overlap: Annotated[
@@ -66,6 +69,7 @@ def evaluate(
     from ..generation.output_folder import check_writable
 
     weights = None if guidance is None else parse_guidance(guidance)
+    check_interval("--guidance-interval", guidance_interval)
     columns = None if per is None else [column.strip() for column in per.split(",")]
     if columns is not None and not all(columns):
         raise ValueError(f"--per must be column names joined by commas, not {per!r}")
@@ -93,6 +97,7 @@ def evaluate(
         num_images=num_images,
         num_inference_steps=steps,
         guidance_scale=weights,
+        guidance_interval=guidance_interval,
         seed=seed,
         out=out,
         cache_dir=cache,

@@ -17,10 +17,12 @@ import typer
 from .arguments import (
     AdapterOption,
     DeviceOption,
+    GuidanceIntervalOption,
     GuidanceOption,
     ModelOption,
     SeedOption,
     StepsOption,
+    check_interval,
     check_names,
     load_model,
     model_name,
@@ -74,10 +76,7 @@ def generate(
     num_images: Annotated[int, typer.Option(min=1, max=100_000, help="Images for each prompt.")] = 1,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Where guidance is on, from no noise (0) to the most (1)."),
-    ] = None,
+    guidance_interval: GuidanceIntervalOption = None,
     guidance_rescale: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Against the contrast of high guidance; 0 is off.")
     ] = None,
@@ -118,9 +117,8 @@ def generate(
             raise ValueError(f"--{name.replace('_', '-')} needs --class-label")
     if classifier_guidance_clip is not None and not 0 < classifier_guidance_clip < math.inf:
         raise ValueError(f"--classifier-guidance-clip must be a number above 0, not {classifier_guidance_clip}")
-    for name, interval in (("", guidance_interval), ("classifier-", classifier_guidance_interval)):
-        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"--{name}guidance-interval must be LOW HIGH with 0 <= LOW <= HIGH <= 1, not {interval}")
+    check_interval("--guidance-interval", guidance_interval)
+    check_interval("--classifier-guidance-interval", classifier_guidance_interval)
     templates = _templates(prompts or [], labels or [], demo, prompts_file)
     if class_label:
         templates = [replace(one, class_label=name) for one in templates or [Request()] for name in class_label]

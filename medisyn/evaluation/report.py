@@ -66,6 +66,7 @@ def evaluate(
     num_images: int = 600,
     num_inference_steps: int | None = None,
     guidance_scale: float | Mapping[str, float] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     out: str | Path = "outputs/evaluation",
     batch_size: int = 16,
@@ -93,6 +94,7 @@ def evaluate(
         num_images: Images to generate; of a folder, all are used.
         num_inference_steps: Of the sampler; None is the pipeline's default.
         guidance_scale: See `MediSynPipeline`; None is the pipeline's default.
+        guidance_interval: See `MediSynPipeline`; None is the pipeline's default.
         seed: Image i is generated with seed `seed + i`; also seeds splits, draws and the bootstrap.
         out: Folder of the results; generated images go to `images/` inside.
         batch_size: Images per call of the pipeline.
@@ -141,7 +143,8 @@ def evaluate(
         synthetic = open_images(model_or_folder)
         subject: dict[str, Any] = {"images": str(synthetic.config.source)}
     else:
-        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        arguments: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+        arguments |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
         arguments = {name: value for name, value in arguments.items() if value is not None}
         # Also the captions of copies, so that what a model has seen does not change what is asked for. An image is not
         # only asked for but shown to the model.

@@ -24,7 +24,7 @@ from ..generation.provenance import SOFTWARE, adapter_hash, read_provenance, wri
 from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_value
 from .inputs import captions_of
 
-SETTINGS = ("num_inference_steps", "guidance_scale")  # of the pipeline, recorded with every image
+SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval")  # of the pipeline, recorded with every image
 # What is left in the hidden folder of a run that was killed.
 _UNFINISHED = re.compile(r"\.(\d{6,}\.png|metadata\.jsonl)\.partial")
 

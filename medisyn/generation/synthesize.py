@@ -67,7 +67,7 @@ def synthesize(
         out: The folder; made when the first image is ready.
         num_inference_steps: Sampling steps; None: the pipeline's default.
         guidance_scale: Weight of the conditions, or one per kind; None: the pipeline's default.
-        guidance_interval: Where guidance is on, see `MediSynPipeline`; None: everywhere.
+        guidance_interval: Where guidance is on, see `MediSynPipeline`; None: the pipeline's default.
         guidance_rescale: See `MediSynPipeline`; None: off.
         strength: With `init_image`: how far to go back in the noise schedule, in (0, 1]; None: the pipeline's default.
         image_noise_level: Noise on image embeddings, up to what the model was trained with; None: none.
@@ -95,7 +95,8 @@ def synthesize(
     requests = [_checked(pipe, request) for request in requests]
     if not requests or batch_size < 1:
         raise ValueError(f"synthesize needs requests and a batch_size of at least 1, not {batch_size}")
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    settings: dict[str, Any] = {"num_inference_steps": num_inference_steps}
+    settings |= {"guidance_scale": guidance_scale, "guidance_interval": guidance_interval}
     settings = {name: _default(pipe, name) if value is None else value for name, value in settings.items()}
     _check_settings(pipe, settings)
     _check_image_noise(pipe, image_noise_level)
@@ -116,8 +117,7 @@ def synthesize(
     started = any(_start(request) is not None for request in requests)
     strength = (_default(pipe, "strength") if strength is None else strength) if started else None
     arguments = {**settings, "height": size, "width": size, **({"strength": strength} if started else {})}
-    options: dict[str, Any] = {"guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale}
-    options |= {"image_noise_level": image_noise_level}
+    options: dict[str, Any] = {"guidance_rescale": guidance_rescale, "image_noise_level": image_noise_level}
     if any(request.class_label is not None for request in requests):
         name = "classifier_guidance_scale"
         scale = _default(pipe, name) if classifier_guidance_scale is None else classifier_guidance_scale
