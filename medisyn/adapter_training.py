@@ -10,6 +10,7 @@
     save_adapter(pipe, "adapters/mine", make_manifest("mine", "lora", "default", base_hash, pipe.kinds, rank=8))
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,34 @@ from torch import Tensor, nn
 
 from . import extension
 from .adapter_folder import NORM_WEIGHTS, WEIGHTS, write_manifest
-from .config import LoraConfig
+from .config import LoraConfig, TextConditionConfig
 from .decoder_adapter import TRAINED, decoder_adapters, save_decoder_lora
+from .paraphrases import known_phrases
 from .pipelines.medisyn_pipeline import MediSynPipeline
 
+PHRASE_COUNT = 5  # how often each phrase of a paraphrase counts where words are looked for
+logger = logging.getLogger(__name__)
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def teach_words(
+    pipe: MediSynPipeline, condition: TextConditionConfig, captions: Sequence[str | None], name: str = TRAINED
+) -> None:
+    """Put the `new_words` of a text condition into a pipeline's tokenizer, with embeddings that are learned.
+
+    Args:
+        pipe: Changed in place.
+        condition: Its words, or "auto" for those of the captions that the tokenizer has never seen.
+        captions: Of the training images.
+        name: Of the adapter.
+    """
+    words: Sequence[str] = condition.new_words
+    if words == "auto":
+        paraphrases = known_phrases() if condition.paraphrase else []
+        known = [caption for caption in captions if caption]
+        words = extension.new_words([*known, *PHRASE_COUNT * paraphrases], pipe.tokenizer)
+        logger.info("new words: %s", ", ".join(words) or "none")
+    extension.extend_words(pipe, words, name)
 
 
 def prepare_adapter(pipe: MediSynPipeline, method: str, options: LoraConfig | None = None) -> None:

@@ -11,6 +11,8 @@
 
 import dataclasses
 import difflib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +39,8 @@ from medisyn.config_parts import (
     TextConditionConfig,
 )
 from medisyn.overrides import apply_override
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,9 @@ class DiffusionTaskConfig:
     preset: str | None = "mini"  # UNet of this preset, from scratch
     base: str | None = None  # or continue from this pipeline (folder or Hub name)
     vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
-    conditions: tuple[ConditionConfig, ...] = ()  # exactly these; empty: none, or those of `base` with frozen encoders
+    # exactly these: others of `base` are taken out of it, or stay at their null beside an adapter;
+    # empty: none, or those of `base` with frozen encoders
+    conditions: tuple[ConditionConfig, ...] = ()
     joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
     # schedule of a new model; a model that starts from `base` keeps that of the base
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
@@ -267,7 +273,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise ValueError(f"{path} holds no mapping; expected the keys {_keys(TrainConfig)}")
     for override in overrides or []:
         apply_override(tree, override)
+    _leave_out_lora(tree, overrides or [])
     return parse_config(tree, where=str(path))
+
+
+def _leave_out_lora(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """The word `task.method=norm` or `full` on the command line turns the file's LoRA off."""
+    names = [override.partition("=")[0].strip() for override in overrides]
+    task = tree.get("task")
+    if "task.method" in names and isinstance(task, dict) and task.get("method") in ("norm", "full"):
+        if task.get("lora") is not None and not any(name.startswith("task.lora") for name in names):
+            logger.warning("task.method=%s: the options under task.lora are left out", task["method"])
+            task["lora"] = None
 
 
 def parse_config(tree: dict[str, Any], where: str = "configuration") -> TrainConfig:

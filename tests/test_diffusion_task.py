@@ -99,6 +99,25 @@ def test_frozen_encoders_are_cached_and_trained_ones_are_not(folder):
     assert trained.data.embeds == {} and len(trained.trained_encoders) == 1
 
 
+@pytest.mark.parametrize(("method", "kinds"), [("full", ("text",)), ("lora", ("text", "image", "labels"))])
+def test_a_condition_that_is_not_listed_is_taken_out_or_stays_at_its_null(folder, method, kinds):
+    base = write_base(folder / "three", kinds=("text", "image", "labels"))
+    options = {"base": str(base), "method": method, "conditions": [{"type": "text"}]}
+    task = DiffusionTask(diffusion_config(folder, task=options))
+    assert set(task.data.embeds) == {"text"}
+    conditions = task._unet_conditions(task._embeds(task.data, [0, 1]))
+    only_text = task.pipe.unet_conditions(prompt_embeds=task.pipe.encode_prompt([CAPTIONS[0], CAPTIONS[1]]))
+    assert all(torch.allclose(conditions[name], only_text[name], atol=2e-3) for name in only_text)
+    assert task.pipe.kinds == kinds
+
+
+def test_the_images_own_embedding_is_dropped_more_often_beside_others(folder):
+    base = write_base(folder / "three", kinds=("text", "image", "labels"))
+    assert DiffusionTask(diffusion_config(folder, task={"base": str(base)})).dropout["image"] == 0.5
+    alone = write_base(folder / "one", kinds=("image",))
+    assert DiffusionTask(diffusion_config(folder, task={"base": str(alone)})).dropout["image"] == 0.1
+
+
 def test_latents_of_a_kl_autoencoder_are_sampled_anew_from_cached_moments(folder):
     config = diffusion_config(folder, task={"base": str(folder / "kl"), "cache_dir": str(folder / "cache_kl")})
     task = DiffusionTask(config)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from medisyn.adapter_folder import LORA_WEIGHTS, MANIFEST, NORM_WEIGHTS, read_manifest
 from medisyn.adapter_training import norm_parameters, prepare_adapter
 from medisyn.backbone import load_pipeline, model_hash
-from medisyn.config import DataConfig, LoraConfig, PriorConfig
+from medisyn.config import DataConfig, LoraConfig, PriorConfig, load_config, save_config
 from medisyn.generation.provenance import adapter_hash
 from medisyn.guidance import attach_classifier
 from medisyn.lora import fuse_adapters, load_adapter, loaded_adapters, set_adapters, unload_adapters
@@ -334,6 +334,27 @@ def test_configuration_says_what_an_adapter_cannot_do(folder):
     task = {"lora": {}, "conditions": [{"type": "image"}]}
     with pytest.raises(ValueError, match="no image condition"):
         DiffusionTask(adapter_config(folder, "wrong", task))
+
+
+def test_one_word_on_the_command_line_chooses_the_method(folder, tmp_path, caplog):
+    save_config(adapter_config(folder, "word", {"lora": {"rank": 2}}), tmp_path / "lora.yaml")
+    for method in ("norm", "full"):
+        changed = load_config(tmp_path / "lora.yaml", [f"task.method={method}"])
+        assert (changed.task.method, changed.task.lora) == (method, None)
+        assert "task.lora are left out" in caplog.text
+    with pytest.raises(ValueError, match="belongs to method: lora"):
+        load_config(tmp_path / "lora.yaml", ["task.method=norm", "task.lora.rank=3"])
+    assert load_config(tmp_path / "lora.yaml", ["task.method=lora"]).task.lora.rank == 2
+
+
+def test_captions_that_the_bases_window_cuts_are_counted(folder, caplog):
+    images = write_images(folder / "wordy" / "images")
+    lines = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["caption"] = "bright square " * 60
+    (images / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    data = {"data": {"source": str(images)}}
+    DiffusionTask(diffusion_config(folder, "wordy", task={"lora": {}, "cache_dir": None}, **data))
+    assert "1 of 24 prompts exceed the text encoder's window" in caplog.text
 
 
 def test_new_words_that_the_captions_hold_are_found(folder, caplog):

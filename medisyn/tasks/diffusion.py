@@ -26,9 +26,18 @@ from torch import Tensor, nn
 
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
-from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter
+from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter, teach_words
 from medisyn.backbone import adapt_unet, base_hash, create_pipeline, load_autoencoder, load_pipeline
-from medisyn.conditions import Condition, condition_dropout, conditions_of, drop, get_condition, get_schema
+from medisyn.conditions import (
+    Condition,
+    TextCondition,
+    condition_dropout,
+    conditions_of,
+    drop,
+    dropout_probabilities,
+    get_condition,
+    get_schema,
+)
 from medisyn.conditions.image import fit_noise, noise_embeds
 from medisyn.config import DataConfig, DiffusionTaskConfig, LabelsConditionConfig, TextConditionConfig, TrainConfig
 from medisyn.data.cache import build_latent_cache
@@ -56,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of the training timesteps
 PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
-PHRASE_COUNT = 5  # how often each phrase of a paraphrase counts where words are looked for
-DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
 # streams of an item's seed: one for each use, so that adding a use does not change the others
 _NOISE, _OFFSET, _UNIFORMS = range(POSTERIOR + 1, 4)
 _WORDING = 6  # 4 and 5 are the image condition's
@@ -85,12 +92,15 @@ class DiffusionTask(TrainingTask):
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.pipe.to(PartialState().device)
-        self.conditions = conditions_of(self.pipe)
+        listed = [condition.type for condition in self.options.conditions] or self.pipe.kinds
+        self.conditions = [condition for condition in conditions_of(self.pipe) if condition.kind in listed]
+        for text in (c for c in self.conditions if isinstance(c, TextCondition)):
+            text.count_truncated(images.captions)
         described = {"text": any(images.captions), "labels": any(images.labels)}
         for kind in (c.kind for c in self.conditions if not described.get(c.kind, True)):
             logger.warning("no training image has %s: that condition is trained on its null alone", kind)
-        self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
-        self.dropout |= {c.type: c.dropout for c in self.options.conditions}
+        configured = {condition.type: condition.dropout for condition in self.options.conditions}
+        self.dropout = dropout_probabilities([c.kind for c in self.conditions], configured)
         texts = (c for c in self.options.conditions if isinstance(c, TextConditionConfig))
         self._paraphrase = next((c.paraphrase for c in texts), 0.0)
         # registered, hence trained and saved: what of the UNet and of every encoder requires a gradient
@@ -130,7 +140,7 @@ class DiffusionTask(TrainingTask):
                 encoder.requires_grad_(False)  # a configured condition says otherwise
         for condition in options.conditions if base is not None else ():
             if isinstance(condition, TextConditionConfig) and condition.new_words:
-                self._add_words(base, condition, images)
+                teach_words(base, condition, images.captions)
                 extension.fuse_extensions(base)  # its text encoder is trained: the words become rows like the others
         built = [get_condition(c.type).from_config(c, images.captions, base) for c in options.conditions]
         if base is not None:
@@ -157,7 +167,7 @@ class DiffusionTask(TrainingTask):
                 fields = schema.to_dict(rules=False)["fields"]
                 extension.extend_labels(base, fields, TRAINED, schema_name=schema.name)
             elif isinstance(condition, TextConditionConfig) and condition.new_words:
-                self._add_words(base, condition, images)
+                teach_words(base, condition, images.captions)
             if condition.type not in base.kinds:
                 raise ValueError(f"the base has no {condition.type} condition, and an adapter cannot add one")
         prepare_adapter(base, options.method, options.lora)
@@ -167,15 +177,6 @@ class DiffusionTask(TrainingTask):
             self._norms = {name: value.detach().clone() for name, value in norm_parameters(base.unet).items()}
         for parameter in extension.extension_parameters(base, TRAINED).values():
             parameter.requires_grad_(True)
-
-    def _add_words(self, base: MediSynPipeline, condition: TextConditionConfig, images: ImageDataset) -> None:
-        words: Sequence[str] = condition.new_words
-        if words == "auto":
-            captions = [caption for caption in images.captions if caption]
-            paraphrases = known_phrases() if condition.paraphrase else []
-            words = extension.new_words([*captions, *PHRASE_COUNT * paraphrases], base.tokenizer)
-            logger.info("new words: %s", ", ".join(words) or "none")
-        extension.extend_words(base, words, TRAINED)
 
     def _cached(self, images: ImageDataset, data: DataConfig, split: str) -> CachedImages:
         """Latents and frozen embeddings of all readable images, from the cache folder or computed into it."""
@@ -337,7 +338,7 @@ class DiffusionTask(TrainingTask):
             self.options.method,
             base_name(self.options.base),
             self._base_hash,
-            self.pipe.kinds,
+            [condition.kind for condition in self.conditions],
             rank=None if lora is None else lora.rank,
             alpha=None if lora is None else lora.alpha or lora.rank,
             target_modules=None if lora is None else lora.target_modules,
