@@ -3,7 +3,10 @@
 - Every argument of that script is known here. What has a meaning in medisyn is translated; what changes nothing that
   is learnt is ignored with a line that says what is done instead; what would change it is refused with such a line.
 - Where the two differ without an argument that says so: images are cropped at the centre (latents are cached), a
-  tenth of the captions is dropped (guidance needs an unconditional model), a run in OUTPUT_DIR is continued.
+  tenth of the captions is dropped (guidance needs an unconditional model), a run in OUTPUT_DIR is continued, and the
+  validation prompt is drawn after training alone.
+- The embedded default is smaller than the models that script is for, and is adapted as its recipes do, with a line
+  that says so (`scripts/mammography/lora.yaml`); medisyn's own arguments choose otherwise, there and for other bases.
 
     arguments = make_parser().parse_args(["--pretrained_model_name_or_path", "DIR", "--train_data_dir", "images"])
     config, notes = translate(arguments)
@@ -20,15 +23,22 @@ from typing import Any, NoReturn
 
 from medisyn.config import DataConfig, TrainConfig, parse_config
 
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+COSINES = ("cosine", "cosine_with_restarts")  # that script asks for one cycle: the restart never comes
 TRACKERS = ("tensorboard", "wandb", "none")
 ADAM_EPSILON = 1e-8
+EMBEDDED = "default"  # names the model in the package
+# How that one is adapted: it has attention in its deepest level only.
+_ATTENTION, _OTHERS = "to_q to_k to_v to_out.0", "proj net.2 proj_in proj_out time_emb_proj"
+_CONVOLUTIONS = "conv1 conv2 conv_shortcut conv conv_in conv_out"
+EMBEDDED_LAYERS = tuple(f"{_ATTENTION} {_OTHERS} {_CONVOLUTIONS}".split())
+EMBEDDED_PRIOR = 0.3  # share of the drawn rows
+PRIOR_IMAGES = 400
 
 # argument -> what is done instead
 IGNORED = {
     "variant": "the full-precision weights are loaded",
     "image_interpolation_mode": "images are resized by bicubic interpolation with antialiasing",
-    "validation_epochs": "images for --validation_prompt are made once, after training",
     "use_8bit_adam": "AdamW keeps 32-bit states; they belong to the adapter alone and are small",
     "logging_dir": "trackers write into OUTPUT_DIR/tracker",
     "local_rank": "`accelerate launch` tells each process its rank",
@@ -106,11 +116,18 @@ def make_parser() -> argparse.ArgumentParser:
     add("enable_xformers_memory_efficient_attention", bool)
     add("validation_prompt", text="draw images for it after training, into OUTPUT_DIR/validation")
     add("num_validation_images", int, 4)
-    add("validation_epochs", int)
-    add("push_to_hub", bool, text="publish the adapter; needs --hub_model_id")
-    add("hub_model_id", text="owner/name")
+    add("validation_epochs", int, text="draw them every so many epochs as well, into OUTPUT_DIR/previews")
+    add("push_to_hub", bool, text="publish the adapter, with a card that says that it was not evaluated")
+    add("hub_model_id", text="owner/name or name; without it, the name of OUTPUT_DIR")
     add("hub_token", text="better: `hf auth login`")
-    add("force", bool, text="medisyn's own: publish without measured numbers; the card says so")
+    # medisyn's own
+    add("force", bool, text="what --push_to_hub always does: publish without measured numbers")
+    help_text = "adapt the text encoder as well; without it, that of `default` alone"
+    parser.add_argument("--train_text_encoder", action=argparse.BooleanOptionalAction, default=None, help=help_text)
+    add("lora_layers", text="layers to adapt, endings of names with commas; without it, attention (`default`: more)")
+    add("new_words", text="that the text encoder learns: `auto`, `none`, or a list with commas (`default`: auto)")
+    add("prior_fraction", float, text=f"share of images that the base drew itself (`default`: {EMBEDDED_PRIOR})")
+    add("num_prior_images", int, text=f"how many it draws, before training; {PRIOR_IMAGES} if not given")
     return parser
 
 
@@ -145,9 +162,16 @@ def translate(arguments: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
         "horizontal_flip": arguments.random_flip,
         "num_workers": arguments.dataloader_num_workers,
     }
+    adaptation, choices = _adaptation(arguments)
+    notes += choices
     batch_size = arguments.train_batch_size * arguments.gradient_accumulation_steps * processes()
-    rows = _count_rows(DataConfig(**data))
-    steps = arguments.max_train_steps or arguments.num_train_epochs * math.ceil(rows / batch_size)
+    epoch = math.ceil(_count_rows(DataConfig(**data)) / batch_size)  # steps
+    steps = arguments.max_train_steps or arguments.num_train_epochs * epoch
+    preview_every = epoch * (arguments.validation_epochs or 0) if arguments.validation_prompt is not None else 0
+    if arguments.validation_epochs and not preview_every:
+        notes.append("--validation_epochs is ignored: there is no --validation_prompt")
+    if arguments.validation_prompt is not None and not preview_every:
+        notes.append("--validation_prompt is drawn after training; with --validation_epochs N every N epochs as well")
     tree = {
         "output_dir": arguments.output_dir,
         "data": data,
@@ -155,7 +179,7 @@ def translate(arguments: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
             "type": "diffusion",
             "preset": None,
             "base": _base(arguments),
-            "lora": {"rank": arguments.rank},
+            **adaptation,
             "min_snr_gamma": arguments.snr_gamma or 0.0,
             "noise_offset": arguments.noise_offset,
             "gradient_checkpointing": arguments.gradient_checkpointing,
@@ -170,6 +194,7 @@ def translate(arguments: argparse.Namespace) -> tuple[TrainConfig, list[str]]:
             "ema_decay": 0.0,  # that script keeps no average
             "checkpoint_every": arguments.checkpointing_steps,
             "keep_checkpoints": arguments.checkpoints_total_limit or steps // arguments.checkpointing_steps + 1,
+            "preview_every": preview_every,
             "tracker": _tracker(arguments),
         },
     }
@@ -192,6 +217,7 @@ def _require_in_range(arguments: argparse.Namespace) -> None:
         "gradient_accumulation_steps",
     )
     positive += ("rank", "checkpointing_steps", "checkpoints_total_limit", "num_validation_images", "learning_rate")
+    positive += ("validation_epochs", "num_prior_images")
     for name in positive:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
@@ -200,8 +226,43 @@ def _require_in_range(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--lr_scheduler {arguments.lr_scheduler!r} is not one of: {', '.join(SCHEDULES)}")
     if arguments.adam_epsilon != ADAM_EPSILON:
         raise ValueError(f"--adam_epsilon is {ADAM_EPSILON:g} here, not {arguments.adam_epsilon:g}; leave it out")
-    if arguments.push_to_hub and "/" not in (arguments.hub_model_id or ""):
-        raise ValueError(f"--push_to_hub needs --hub_model_id owner/name, not {arguments.hub_model_id!r}")
+    if arguments.prior_fraction is not None and not 0 <= arguments.prior_fraction < 1:
+        raise ValueError(f"--prior_fraction must be at least 0 and below 1, not {arguments.prior_fraction:g}")
+
+
+def _adaptation(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """What of the base is adapted, and beside which images; with a line for what this script chose by itself."""
+    is_embedded = arguments.pretrained_model_name_or_path == EMBEDDED
+    count = arguments.num_prior_images or PRIOR_IMAGES
+    texts = {
+        "lora_layers": "its convolutions as well (--lora_layers)",
+        "train_text_encoder": "and its text encoder (--no-train_text_encoder)",
+        "new_words": "words that its tokenizer breaks to pieces are learned (--new_words none)",
+        "prior_fraction": f"{EMBEDDED_PRIOR:.0%} of the rows are from {count} that it draws (--prior_fraction 0)",
+    }
+    chosen = [text for name, text in texts.items() if is_embedded and getattr(arguments, name) is None]
+
+    def settle(name: str, embedded: Any, otherwise: Any) -> Any:
+        given = getattr(arguments, name)
+        return given if given is not None else embedded if is_embedded else otherwise
+
+    layers = settle("lora_layers", ",".join(EMBEDDED_LAYERS), None)
+    new_words = settle("new_words", "auto", "none")
+    fraction = settle("prior_fraction", EMBEDDED_PRIOR, 0.0)
+    if arguments.num_prior_images and not fraction:
+        raise ValueError("--num_prior_images is of use with --prior_fraction above 0 only")
+    lora = {"rank": arguments.rank, "text_encoder": settle("train_text_encoder", True, False)}
+    task: dict[str, Any] = {"lora": lora if layers is None else lora | {"target_modules": _listed(layers)}}
+    if is_embedded or new_words != "none":  # else every condition of the base
+        words = new_words if new_words == "auto" else () if new_words == "none" else _listed(new_words)
+        task["conditions"] = [{"type": "text", "new_words": words}]
+    if fraction:
+        task["prior"] = {"fraction": fraction, "num_images": count}
+    return task, [f"default is adapted as in its recipes: {'; '.join(chosen)}"] if chosen else []
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _base(arguments: argparse.Namespace) -> str:
@@ -232,7 +293,10 @@ def _count_rows(data: DataConfig) -> int:
 
 
 def _optim(arguments: argparse.Namespace, steps: int, batch_size: int) -> dict[str, Any]:
-    """There, `constant` knows no warm-up, and the other falls last from the end of the warm-up to the end."""
+    """There, `constant` knows no warm-up, and the other falls last from the end of the warm-up to the end.
+
+    `polynomial` has the power 1 there: a line, which ends at 1e-7 there and at 0 here.
+    """
     warmup = 0 if arguments.lr_scheduler == "constant" else arguments.lr_warmup_steps
     falls = not arguments.lr_scheduler.startswith("constant")
     return {
@@ -241,7 +305,7 @@ def _optim(arguments: argparse.Namespace, steps: int, batch_size: int) -> dict[s
         "weight_decay": arguments.adam_weight_decay,
         "warmup_steps": warmup,
         "decay_fraction": max(0.0, 1 - warmup / steps) if falls else 0.0,
-        "decay": "cosine" if arguments.lr_scheduler == "cosine" else "linear",
+        "decay": "cosine" if arguments.lr_scheduler in COSINES else "linear",
         "max_grad_norm": arguments.max_grad_norm,
     }
 
