@@ -5,7 +5,8 @@
 - The licence is that of the strictest source (`medisyn.licenses`). A card without numbers, or with a licence looser
   than its sources, is refused unless forced, and a forced card says so on top.
 - A hand-written file has `## Section` headings. What stands before the first one is the summary; sections that the
-  template has are put in front of the computed part, others are added as they are.
+  template has are put in front of the computed part, others are added as they are. `## Samples` says how `samples.png`
+  was made; its pictures (PNG, named relative to the file) are published along with it.
 
     card = make_card(facts, sections=read_sections(Path("model_cards/knee-osteoarthritis.md")))
 """
@@ -16,14 +17,15 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .licenses import License, Source, license_for, looser_than_sources
 
 MARK = "written by medisyn publish"
+TEMPLATE = "card_template.md"
 SUMMARY = ""  # key of what stands before the first heading
-MERGED = ("use", "training data and licences", "evaluation", "limitations")  # sections that the template has
+MERGED = ("samples", "use", "training data and licences", "evaluation", "limitations")  # what the template has
 ALIASES = {"training data": "training data and licences", "licence": "training data and licences"}
 TAGS = ("medical", "medical-imaging", "synthetic", "medisyn", "not-for-diagnosis")
 
@@ -111,7 +113,7 @@ def make_card(
 
     Raises:
         ValueError: It has no measured numbers, or its licence is looser than its sources; or somebody wrote about an
-            evaluation that was not made.
+            evaluation that was not made, or about samples that are not there.
     """
     from huggingface_hub import ModelCard
 
@@ -122,17 +124,19 @@ def make_card(
     hand, extra = _merged(sections or {})
     if hand["evaluation"] and not facts.metrics:
         raise ValueError("the hand-written card has a section Evaluation, but nothing was measured: leave it out")
+    if hand["samples"] and facts.image is None:
+        raise ValueError("the hand-written card has a section Samples, but there is no samples.png: leave it out")
     reason = f"The strictest source: {license_for(facts.sources).because}"
     card = ModelCard.from_template(
         metadata(facts, settled),
-        template_str=(resources.files("medisyn") / "card_template.md").read_text(encoding="utf-8"),
+        template_str=(resources.files("medisyn") / TEMPLATE).read_text(encoding="utf-8"),
         mark=MARK,
         name=facts.repo_id.rpartition("/")[2],
         warnings=[f"This card was forced although {reason}." for reason in against],
         summary=(sections or {}).get(SUMMARY, ""),
         description=facts.description,
         image=facts.image,
-        image_note=facts.image_note,
+        image_note=hand["samples"].strip() or facts.image_note,
         snippet=facts.snippet,
         stock_snippet=facts.stock_snippet,
         facts=facts.facts,
@@ -147,6 +151,21 @@ def make_card(
         notes=facts.notes,
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def license_note(facts: CardFacts, license: License) -> str:
+    """The text of the LICENSE file: the licence, why it is that one, and those of the sources."""
+    known = None if license.name else f"https://huggingface.co/docs/hub/repositories-licenses lists {license.id}."
+    terms = ", ".join(license.terms) or "none"
+    lines = [f"Licence of these weights: {license.title}", f"Terms: {terms}", ""]
+    if license.name == "research-only":
+        lines += [
+            "These weights may be used for research only. No other right is granted, since none was received.",
+            "",
+        ]
+    lines += [known, ""] if known else []
+    lines += ["Made from:", *(f"- {each.name}: {each.license or 'not stated'}" for each in facts.sources)]
+    return "\n".join([*lines, "", "Images of this model are synthetic and not for diagnosis."]) + "\n"
 
 
 def metadata(facts: CardFacts, license: License) -> Any:
@@ -201,6 +220,28 @@ def read_sections(file: Path) -> dict[str, str]:
             raise ValueError(f"{file} has two sections {heading!r}")
         sections[heading] = body.strip()
     return sections
+
+
+def own_headings(text: str) -> list[str]:
+    """The headings of a finished card that the template has not: of sections that somebody wrote."""
+    template = (resources.files("medisyn") / TEMPLATE).read_text(encoding="utf-8")
+    found, computed = (re.findall(r"^## +(.+?) *$", each, re.MULTILINE) for each in (text, template))
+    return [heading for heading in found if heading not in computed]
+
+
+def pictures_of(text: str) -> list[str]:
+    """The pictures that a hand-written card shows, but those of the web, as paths relative to the card's file.
+
+    Raises:
+        ValueError: One is no PNG, or lies outside of the card's folder.
+    """
+    names = re.findall(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)", text)
+    found = list(dict.fromkeys(name for name in names if not re.match(r"[a-z]+:", name)))
+    for name in found:
+        path = PurePosixPath(name)
+        if path.suffix != ".png" or path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise ValueError(f"the hand-written card shows {name!r}; valid are .png files in its folder or below")
+    return found
 
 
 def metrics_of_report(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -281,10 +322,10 @@ def _source_rows(facts: CardFacts) -> list[dict[str, str]]:
 
 
 def _metric_row(metric: Mapping[str, Any]) -> dict[str, str]:
-    return {key: _number(value) if key in ("value", "real") else _cell(value) for key, value in metric.items()}
+    return {key: show_number(value) if key in ("value", "real") else _cell(value) for key, value in metric.items()}
 
 
-def _number(value: Any) -> str:
+def show_number(value: Any) -> str:
     """Three decimals below ten, one above; text as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""

@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .commands import augment, demo, evaluate, generate, publish, segment, select, utility
-from .commands.arguments import check_names, load_model, model_name
+from .commands.arguments import DEFAULT, check_names, load_model, model_name
 from .console import OneLineErrors, quiet_progress_bars
 
 
@@ -101,12 +101,23 @@ def info(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub name; without it, the embedded default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a model's components, conditions, training data, licence and hash."""
+    """Show a model's components, conditions, training data, licence and hash; or what an adapter is."""
     check_names(model=model)
-    from .info import describe, format_description
+    from .info import adapter_place, describe, describe_adapter, format_adapter, format_description, hub_adapter
 
-    facts = describe(load_model(model, device="cpu"), model_name(model))
-    typer.echo(json.dumps(facts, indent=2) if as_json else format_description(facts))
+    facts: dict[str, Any] = {}
+    adapter = None if model in (None, DEFAULT) else adapter_place(model)
+    if adapter is None:
+        try:
+            facts = describe(load_model(model, device="cpu"), model_name(model))
+        except (OSError, ValueError):
+            adapter = hub_adapter(model)
+            if adapter is None:
+                raise
+    if adapter is not None:
+        facts = describe_adapter(adapter)
+    text = format_description if adapter is None else format_adapter
+    typer.echo(json.dumps(facts, indent=2) if as_json else text(facts))
 
 
 @app.command()

@@ -139,6 +139,8 @@ def _find_model(name_or_dir: str | Path) -> Path:
     if found is not None:
         return found
     tried = [folder / INDEX, folder / "pipeline" / INDEX]
+    if any((place / mark).is_file() for place in (folder, folder / "adapter") for mark in ADAPTER_MARKS[:2]):
+        raise ValueError(without_index(name, ADAPTER_MARKS))
     if folder.exists() or not is_hub_name(name):
         reason = "" if folder.exists() else "; nor is it a Hub name of the form owner/model"
         raise FileNotFoundError(f"no model {name!r}; tried: {', '.join(map(str, tried))}{reason}")

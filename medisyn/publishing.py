@@ -3,6 +3,8 @@
 - The repository is assembled in a folder first, the same for an upload and for a dry run: weights as safetensors, the
   pipeline's own code, card, samples, configuration, hashes of the training images, licence, report. Only known files
   are taken along, paths of this machine are taken out, and a last look refuses what would still give some away.
+- What was used goes along, `report.json`, the hand-written `card.md` with its pictures, the note in `samples.png`: the
+  published folder, and the embedded default, can be published again with nothing else at hand.
 - Sample images are synthetic ones. The grid of an evaluation also shows real images, so it is never published.
 - `upload_folder` of huggingface_hub sends what is not on the Hub yet: the same command again continues an upload.
 
@@ -10,29 +12,41 @@
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from PIL import Image
 
 from .adapter_folder import MANIFEST, SAMPLES
-from .cards import MARK, License, make_card, metrics_of_report, read_sections, settle_license
+from .cards import (
+    MARK,
+    License,
+    license_note,
+    make_card,
+    metrics_of_report,
+    own_headings,
+    pictures_of,
+    read_sections,
+    settle_license,
+)
 from .cleaning import clean_file, find_private, without_paths
+from .generation.provenance import read_provenance, write_png
 from .hub import INDEX, WITH_WEIGHTS, WITHOUT_WEIGHTS, first_line, is_hub_name, split_revision
 from .licenses import stated_license
 from .training_record import TRAINING_RECORD
 
-if TYPE_CHECKING:
-    from .cards import CardFacts
-
 CARD, LICENSE, CONFIG, REPORT = "README.md", "LICENSE", "config.yaml", "report.json"
-SECTIONS = "card.md"  # hand-written, in the run
+SECTIONS = "card.md"  # hand-written
 TAKEN = (".safetensors", ".json", ".txt", ".model")  # files of a component
 CODE = "medisyn_pipeline.py"
+NOTE = "drawn"  # text chunk of samples.png: how it was made
 
 
 @dataclass(frozen=True)
@@ -68,15 +82,15 @@ def publish(
     """Publish a model or an adapter.
 
     Args:
-        run_or_folder: A run, its `pipeline/` or `adapter/`, or any folder of a pipeline or an adapter.
+        run_or_folder: A run, its `pipeline/` or `adapter/`, any folder of a pipeline or an adapter, or "default".
         repo_id: owner/name on the Hub; made if it is not there.
         dry_run: Write the repository into this folder and upload nothing.
         private: Make a new repository private.
         force: Publish although the card has no measured numbers or the licence is looser than the sources; the card
             then says so.
         license: Of the weights; by default what the training record states, else that of the strictest source.
-        card: Hand-written sections; by default `card.md` of the run.
-        report: `report.json` of `medisyn evaluate`; by default that of the folder, or of the run's `evaluation/`.
+        card: Hand-written sections; by default `card.md` of the folder or of the run.
+        report: `report.json` of `medisyn evaluate`; by default that of the folder, or of the run or its `evaluation/`.
 
     Returns:
         The folder of a dry run, or the address of the repository.
@@ -116,8 +130,6 @@ def publish(
 
 def find_subject(run_or_folder: str | Path) -> Subject:
     """The pipeline or adapter of a run or folder; "default" is the embedded model. Raises FileNotFoundError."""
-    from importlib import resources
-
     folder = Path(run_or_folder).expanduser()
     if str(run_or_folder) == "default" and not folder.exists():
         folder = Path(str(resources.files("medisyn"))) / "pretrained"
@@ -147,28 +159,40 @@ def assemble(
 
     sections_file = Path(card) if card is not None else subject.file(SECTIONS)
     sections = {} if sections_file is None else read_sections(sections_file)
+    if sections_file is None:
+        _require_no_hand_written(subject)
     numbers = _read_report(Path(report) if report is not None else subject.file(REPORT, f"evaluation/{REPORT}"))
     folder.mkdir(parents=True)
     for source, name in _files(subject):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / name)
         clean_file(folder / name)
+    if sections_file is not None:
+        _copy_sections(sections_file, folder)
     if numbers is not None:
-        (folder / REPORT).write_text(json.dumps(without_paths(numbers), indent=2) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     config = subject.file(CONFIG)
     if config is not None:
         plain = without_paths(yaml.safe_load(config.read_text(encoding="utf-8")))
         (folder / CONFIG).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
     facts, draw = facts_of(subject, repo_id, numbers, folder)
+    if subject.kind == "adapter":
+        clean_file(folder / MANIFEST)  # numbers were added to it
+    facts = replace(facts, **{name: without_paths(getattr(facts, name)) for name in ("metrics", "notes", "facts")})
     settled = license or stated_license_of(subject) or settle_license(facts)
-    make_card(facts, settled, sections, force)  # refused before anything is drawn
-    note = draw()
     if (folder / SAMPLES).is_file():
-        facts = replace(facts, image=SAMPLES, image_note=note)
-    text = make_card(facts, settled, sections, force)
+        facts = replace(facts, image=SAMPLES, image_note=_note_of(folder / SAMPLES))
+    text = make_card(facts, settled, sections, force)  # refused before anything is drawn
+    if facts.image is None:
+        note = draw()
+        if (folder / SAMPLES).is_file():
+            with Image.open(folder / SAMPLES) as image:
+                write_png(image, folder / SAMPLES, read_provenance(folder / SAMPLES) | {NOTE: note})
+            text = make_card(replace(facts, image=SAMPLES, image_note=note), settled, sections, force)
     (folder / CARD).write_text(text, encoding="utf-8")
     (folder / LICENSE).write_text(license_note(facts, settled), encoding="utf-8")
     left = find_private(folder, [str(subject.folder.resolve()), str(subject.run.resolve())])
+    left += _paths_of_this_machine(folder)
     if left:
         more = f" and in {len(left) - 1} more files" if len(left) > 1 else ""
         raise ValueError(f"a path of this machine would be published, {left[0]}{more}: take it out of its source")
@@ -192,7 +216,7 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
             repo_id=repo_id,
             folder_path=folder,
             commit_message="Publish with medisyn",
-            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # of an earlier version with other shards
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", SECTIONS, REPORT],  # of an earlier version
         )
     except ValueError:
         raise
@@ -203,21 +227,6 @@ def upload(folder: Path, repo_id: str, private: bool = False) -> str:
             "same command again continues; what has arrived is not sent again"
         ) from error
     return str(address)
-
-
-def license_note(facts: "CardFacts", license: License) -> str:
-    """The text of the LICENSE file: the licence, why it is that one, and those of the sources."""
-    known = None if license.name else f"https://huggingface.co/docs/hub/repositories-licenses lists {license.id}."
-    terms = ", ".join(license.terms) or "none"
-    lines = [f"Licence of these weights: {license.title}", f"Terms: {terms}", ""]
-    if license.name == "research-only":
-        lines += [
-            "These weights may be used for research only. No other right is granted, since none was received.",
-            "",
-        ]
-    lines += [known, ""] if known else []
-    lines += ["Made from:", *(f"- {each.name}: {each.license or 'not stated'}" for each in facts.sources)]
-    return "\n".join([*lines, "", "Images of this model are synthetic and not for diagnosis."]) + "\n"
 
 
 def stated_license_of(subject: Subject) -> License | None:
@@ -259,7 +268,45 @@ def _read_report(file: Path | None) -> dict[str, Any] | None:
     if not isinstance(report, Mapping) or not isinstance(report.get("subject"), Mapping) or "notes" not in report:
         raise ValueError(f"{file} is not a report of medisyn evaluate")
     metrics_of_report(report)
-    return dict(report)
+    return without_paths(report)
+
+
+def _copy_sections(file: Path, folder: Path) -> None:
+    """Take a hand-written card along, and the pictures that it shows."""
+    shutil.copyfile(file, folder / SECTIONS)
+    for name in pictures_of(file.read_text(encoding="utf-8")):
+        if not (file.parent / name).is_file():
+            raise FileNotFoundError(f"{file} shows the picture {name}, which is not beside it")
+        if name != SAMPLES:  # that of the model's folder
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.parent / name, folder / name)
+
+
+def _require_no_hand_written(subject: Subject) -> None:
+    """Refuse to replace a card whose hand-written sections nobody has brought along."""
+    old = subject.folder / CARD
+    text = old.read_text(encoding="utf-8", errors="replace") if old.is_file() else ""
+    if MARK in text and (lost := own_headings(text)):
+        raise ValueError(
+            f"{old} has hand-written sections ({', '.join(lost)}) that would be lost: put their file beside it as "
+            f"{SECTIONS}, or name it with --card"
+        )
+
+
+def _note_of(file: Path) -> str:
+    """How `samples.png` was made, as the file itself says."""
+    with Image.open(file) as image:
+        return getattr(image, "text", {}).get(NOTE, "")
+
+
+def _paths_of_this_machine(folder: Path) -> list[str]:
+    """Absolute paths in the cards, which people write, that begin with a folder of this machine."""
+    found = []
+    for file in (folder / CARD, folder / SECTIONS):
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        paths = re.finditer(r"(?<![\w:/.<])/([\w.~-]+)/[\w.~/-]+", text)
+        found += [f"{file.name}: {path[0]}" for path in paths if Path("/", path[1]).is_dir()][:1]
+    return found
 
 
 def _require_replaceable(target: Path, subject: Subject) -> None:
@@ -272,7 +319,10 @@ def _require_replaceable(target: Path, subject: Subject) -> None:
     held = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
     if not held:
         return
-    known = {CARD, LICENSE, CONFIG, REPORT, SAMPLES, INDEX, MANIFEST, TRAINING_RECORD, CODE}
+    known = {CARD, SECTIONS, LICENSE, CONFIG, REPORT, SAMPLES, INDEX, MANIFEST, TRAINING_RECORD, CODE}
+    if SECTIONS in held:
+        shown = pictures_of((target / SECTIONS).read_text(encoding="utf-8", errors="replace"))
+        known |= {Path(name).parts[0] for name in shown}
     foreign = {name for name in held - known - {*WITH_WEIGHTS, *WITHOUT_WEIGHTS} if not name.endswith(".safetensors")}
     card = target / CARD
     if foreign or not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):

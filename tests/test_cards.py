@@ -8,7 +8,17 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
-from medisyn.cards import SUMMARY, CardFacts, make_card, metrics_of_report, objections, read_sections, settle_license
+from medisyn.cards import (
+    SUMMARY,
+    CardFacts,
+    make_card,
+    metrics_of_report,
+    objections,
+    own_headings,
+    pictures_of,
+    read_sections,
+    settle_license,
+)
 from medisyn.licenses import VALID, Source, license_for, looser_than_sources, stated_license
 
 METRIC = {"name": "precision", "subset": "all", "value": 0.25, "real": 0.875, "images": 600, "extractor": "inception"}
@@ -184,6 +194,23 @@ class TestCard:
         file.write_text("## A\n\n## A\n")
         with pytest.raises(ValueError, match="two sections 'A'"):
             read_sections(file)
+
+    def test_a_hand_written_note_on_the_samples(self):
+        facts = dataclasses.replace(FACTS, image="samples.png", image_note="Computed.")
+        assert "samples.png)\n\nComputed.\n" in make_card(facts)
+        text = make_card(facts, sections={"Samples": "By `make demo`."})
+        assert "samples.png)\n\nBy `make demo`.\n" in text and "Computed" not in text and "## Samples" not in text
+        with pytest.raises(ValueError, match="section Samples, but there is no samples.png"):
+            make_card(FACTS, sections={"Samples": "By `make demo`."})
+
+    def test_pictures_and_headings_of_a_hand_written_card(self):
+        text = "![a](images/a.png)\n![b](<b.png> 'title') ![c](https://a.org/c.jpg) ![a](images/a.png) [d](d.pdf)"
+        assert pictures_of(text) == ["images/a.png", "b.png"]
+        for name in ("../a.png", "/home/a.png", "a.jpg"):
+            with pytest.raises(ValueError, match="valid are .png files in its folder"):
+                pictures_of(f"![a]({name})")
+        sections = {"How it was made": "At night.", "Limitations": "Many."}
+        assert own_headings(make_card(FACTS, sections=sections)) == ["How it was made"]
 
     def test_a_name_cannot_break_a_table(self):
         facts = dataclasses.replace(FACTS, datasets=[{"name": "a|b\nc", "license": "CC0", "images": None}])

@@ -235,6 +235,46 @@ def test_info_of_an_unconditional_model():
     assert "none (unconditional)" in format_description(describe(tiny_pipeline(()), "tiny"))
 
 
+def test_info_says_what_an_adapter_is(tmp_path):
+    from tests.test_publishing import make_adapter, publish
+
+    adapter = make_adapter(tmp_path)
+    metrics = [{"name": "precision", "subset": "all", "value": 0.25, "real": 0.875, "images": 600, "extractor": "x"}]
+    schema = {"name": "ribs", "fields": {"grade": {"type": "ordinal", "values": ["0", "1"], "display": "Grade"}}}
+    manifest = json.loads((adapter / "adapter.json").read_text())
+    changed = manifest | {"metrics": metrics, "label_schema": schema, "tokens": ["costal"]}
+    (adapter / "adapter.json").write_text(json.dumps(changed))
+    result = medisyn_command("info", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (0, "")
+    for fact in (
+        f"owner/sd, hash {manifest['base_hash']}",
+        "LoRA, rank 2, alpha 6",
+        "conditions: text",
+        "new words: costal",
+    ):
+        assert fact in result.stdout
+    for fact in (
+        "Grade (ordinal): 0, 1",
+        "captions:\n  chest",
+        "busi",
+        "CC BY-NC 4.0",
+        "0.250    0.875",
+        "research only (see the training data)",
+    ):
+        assert fact in result.stdout
+    facts = json.loads(medisyn_command("info", adapter, "--json").stdout)
+    assert facts["training_data"]["datasets"] == manifest["training_data"] and facts["metrics"] == metrics
+    assert facts["base"] == {"model": "owner/sd", "hash": manifest["base_hash"]}
+    # of a published one, the licence of its card and the numbers that matter
+    (adapter / "adapter.json").write_text(json.dumps(manifest))
+    published = publish(adapter, "owner/ribs", dry_run=tmp_path / "out")
+    text = medisyn_command("info", published).stdout
+    assert "research-only" in text and "the requested modality, accuracy" in text and "balanced" not in text
+    (published / "adapter.json").unlink()
+    result = medisyn_command("info", published)
+    assert result.exit_code == 2 and "is an adapter without adapter.json" in result.stderr
+
+
 def test_doctor_measures_and_explains(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = medisyn_command("doctor", "--json")

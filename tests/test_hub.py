@@ -246,6 +246,61 @@ def test_push_survives_a_failure_and_the_result_loads_by_name(hub, tmp_path):
     assert code == 2 and "or a private one" in stderr
 
 
+def test_an_adapter_is_pushed_loads_by_name_and_refuses_another_base(hub, tmp_path):
+    from medisyn.adapter_folder import weights_hash
+    from medisyn.backbone import base_hash
+    from tests.test_publishing import contents, make_adapter
+
+    adapter = make_adapter(tmp_path)
+    (adapter / "card.md").write_text("Draws ribs.\n\n## How it was made\n\nAt night.\n")
+    other = tiny_pipeline(vae="kl", seed=1)
+    other.save_pretrained(tmp_path / "other")
+    hub.add("owner/sd", tmp_path / "sd")
+    hub.add("owner/other", tmp_path / "other")
+    done = hub.python(PUBLISH.format(arguments=[str(tmp_path / "run"), "tester/ribs"]))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, f"published: {hub.endpoint}/tester/ribs\n", ""]
+    there = hub.repositories["tester/ribs"].files
+    for name in ("pytorch_lora_weights.safetensors", "adapter.json", "report.json", "card.md", "samples.png"):
+        assert name in there
+    done = hub.python(
+        """
+        import medisyn, torch
+        from medisyn.lora import loaded_adapters
+        def draw(pipe):
+            generator = torch.Generator().manual_seed(0)
+            return pipe("chest", num_inference_steps=1, generator=generator, output_type="np").images
+        pipe = medisyn.load_pipeline("owner/sd", adapter="tester/ribs")
+        print(*(each.hash for each in loaded_adapters(pipe).values()))
+        print((draw(pipe) != draw(medisyn.load_pipeline("owner/sd"))).any())
+        """
+    )
+    assert done.stdout.split() == [weights_hash(adapter), "True"], done.stderr
+    info, (code, stderr) = commands(
+        hub,
+        ["info", "tester/ribs"],
+        generate(tmp_path / "out", model="owner/other", adapter="tester/ribs"),
+    )
+    assert info == [0, ""]
+    own = json.loads((adapter / "adapter.json").read_text())["base_hash"]
+    assert code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert "'tester/ribs' was trained on owner/sd" in stderr and own in stderr and base_hash(other) in stderr
+    assert own != base_hash(other) and not (tmp_path / "out").exists()
+
+    # the downloaded folder can be published again as it is
+    done = hub.python(
+        f"""
+        from huggingface_hub import snapshot_download
+        from medisyn.publishing import publish
+        publish(snapshot_download("tester/ribs"), "tester/ribs", dry_run={str(tmp_path / "again")!r})
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "again") == {
+        name: content for name, content in there.items() if name != ".gitattributes"
+    }
+
+
 def test_a_classifier_comes_along_without_its_code(hub, tmp_path):
     from medisyn.backbone import model_hash
     from medisyn.publishing import publish

@@ -7,9 +7,11 @@ import getpass
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from medisyn.cleaning import clean_file, find_private, without_paths
 from medisyn.commands.publish import register
 from medisyn.config import LoraConfig
 from medisyn.console import OneLineErrors
+from medisyn.generation.provenance import read_provenance
 from medisyn.guidance import attach_classifier
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.publishing import publish
@@ -38,6 +41,24 @@ from tests.components import tiny_pipeline
 from tests.test_cards import REPORT
 
 DATA = [{"name": "busi", "license": "CC BY-NC 4.0", "images": 3}]
+HAND_WRITTEN = """Draws ribs.
+
+## How it was made
+
+In an afternoon.
+
+## Limitations
+
+* No lungs.
+
+## Samples
+
+Drawn by hand.
+
+## Failures
+
+![What goes wrong](images/failures.png)
+"""
 
 
 def report_of(subject):
@@ -80,9 +101,8 @@ def published(run):
     return publish(run, "owner/chest", dry_run=run.parent / "published")
 
 
-@pytest.fixture
-def adapter(tmp_path):
-    """A LoRA on a Stable Diffusion of a few thousand parameters, in a run."""
+def make_adapter(folder):
+    """A LoRA on a Stable Diffusion of a few thousand parameters, in a run; the base is in `folder / "sd"`."""
     pipe = tiny_pipeline(vae="kl")
     base_hash = model_hash(pipe)
     prepare_adapter(pipe, "lora", LoraConfig(rank=2, alpha=6))
@@ -91,13 +111,21 @@ def adapter(tmp_path):
             parameter.data.fill_(0.1)
     options = {"rank": 2, "alpha": 6, "captions": ["chest"], "training_data": DATA}
     manifest = make_manifest("ribs", "lora", "owner/sd", base_hash, ["text"], **options)
-    folder = tmp_path / "run" / "adapter"
-    save_adapter(pipe, folder, manifest)
-    write_training_record(folder, {"hashes": ["0" * 16], "datasets": DATA})
-    tiny_pipeline(vae="kl").save_pretrained(tmp_path / "sd")
-    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"task": {"base": str(tmp_path / "sd")}}))
-    Image.new("RGB", (8, 8)).save(folder / "samples.png")
-    return folder
+    adapter = folder / "run" / "adapter"
+    save_adapter(pipe, adapter, manifest)
+    write_training_record(adapter, {"hashes": ["0" * 16], "datasets": DATA})
+    tiny_pipeline(vae="kl").save_pretrained(folder / "sd")
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"task": {"base": str(folder / "sd")}}))
+    Image.new("RGB", (8, 8)).save(adapter / "samples.png")
+    about = {"model_hash": base_hash, "adapters": {"ribs": 1.0}}
+    about["adapter_hash"] = hashlib.sha256(json.dumps([[weights_hash(adapter), 1.0]]).encode()).hexdigest()[:12]
+    (adapter / "report.json").write_text(json.dumps(report_of(about)))
+    return adapter
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return make_adapter(tmp_path)
 
 
 def files(folder):
@@ -195,18 +223,113 @@ class TestModel:
         (tmp_path / "card.md").write_text("Draws chests.\n\n## Limitations\n\n* No ribs.\n")
         out = publish(run, "owner/chest", dry_run=tmp_path / "out", card=tmp_path / "card.md")
         assert "* No ribs." in (out / "README.md").read_text()
-        (tmp_path / "card.md").write_text("See /home/somebody/notes.\n")
-        with pytest.raises(ValueError, match="a path of this machine would be published, README.md: /home/s"):
-            publish(run, "owner/chest", dry_run=out, card=tmp_path / "card.md")
+        for place in ("/home/somebody/notes", "/usr/lib/notes"):
+            (tmp_path / "card.md").write_text(f"See {place}, not https://a.org{place} or 1/2/3.\n")
+            with pytest.raises(ValueError, match="a path of this machine would be published, README.md: /[hu]"):
+                publish(run, "owner/chest", dry_run=out, card=tmp_path / "card.md")
         assert "* No ribs." in (out / "README.md").read_text()  # the earlier one stays
+
+    def test_a_report_gives_no_path_away_in_the_card(self, run, tmp_path):
+        report = json.loads((run / "evaluation" / "report.json").read_text())
+        report["notes"] = ["12 images of /nfs/me/real.parquet were left out."]
+        report["extractor"]["spec"] = "/nfs/me/weights/resnet"
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        out = publish(run, "owner/chest", dry_run=tmp_path / "out", report=tmp_path / "report.json")
+        assert not [name for name, content in contents(out).items() if b"nfs" in content]
+        text = (out / "README.md").read_text()
+        assert "* 12 images of real.parquet were left out." in text and "| resnet |" in text
+
+    def test_the_embedded_default_has_its_report_and_card(self, tmp_path, monkeypatch):
+        """In a package of its own, whose model is tiny."""
+        package = tmp_path / "medisyn"
+        pipe = tiny_pipeline(("text",))
+        pipe.save_pretrained(package / "pretrained")
+        shutil.copy(Path(publishing.__file__).with_name("card_template.md"), package)
+        found = resources.files
+        monkeypatch.setattr(resources, "files", lambda name: package if name == "medisyn" else found(name))
+        with pytest.raises(ValueError, match="no measured numbers"):
+            publish("default", "owner/mini", dry_run=tmp_path / "out")
+        (package / "pretrained" / "report.json").write_text(json.dumps(report_of({"model_hash": model_hash(pipe)})))
+        (package / "pretrained" / "card.md").write_text(HAND_WRITTEN.partition("## Samples")[0])
+        Image.new("RGB", (8, 8)).save(package / "pretrained" / "samples.png")
+        assert model_hash(load_pipeline("default")) == model_hash(pipe)  # neither is taken for weights
+        out = publish("default", "owner/mini", dry_run=tmp_path / "out")
+        assert {"report.json", "card.md", "medisyn_pipeline.py"} <= files(out)
+        text = (out / "README.md").read_text()
+        assert 'load_pipeline("owner/mini")' in text and "In an afternoon." in text and "| 0.800 |" in text
+
+
+class TestAgain:
+    """What was published is published again, with nothing else at hand."""
+
+    @pytest.fixture
+    def first(self, adapter, tmp_path):
+        (tmp_path / "hand").mkdir()
+        (tmp_path / "hand" / "ribs.md").write_text(HAND_WRITTEN)
+        (tmp_path / "hand" / "images").mkdir()
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "hand" / "images" / "failures.png")
+        return publish(adapter, "owner/ribs", dry_run=tmp_path / "first", card=tmp_path / "hand" / "ribs.md")
+
+    def test_nothing_is_lost(self, first, tmp_path):
+        assert {"card.md", "images/failures.png", "report.json", "samples.png"} <= files(first)
+        text = (first / "README.md").read_text()
+        parts = [
+            "Draws ribs.",
+            "## How it was made",
+            "* No lungs.",
+            "images/failures.png",
+            "samples.png)\n\nDrawn by hand.",
+        ]
+        assert all(text.count(part) == 1 for part in parts)
+        again = publish(first, "owner/ribs", dry_run=tmp_path / "again")
+        assert contents(again) == contents(first)
+        assert publish(first, "owner/ribs", dry_run=again) == again  # its pictures are no foreign files
+
+    def test_its_snippets_name_the_repository_that_was_asked_for(self, first, tmp_path):
+        text = (publish(first, "else/where", dry_run=tmp_path / "again") / "README.md").read_text()
+        assert 'adapter="else/where")' in text and "owner/ribs" not in text and text.count("# where\n") == 1
+
+    def test_another_card_wins(self, first, tmp_path):
+        (tmp_path / "other.md").write_text("Draws bones.\n")
+        again = publish(first, "owner/ribs", dry_run=tmp_path / "again", card=tmp_path / "other.md")
+        text = (again / "README.md").read_text()
+        assert "Draws bones." in text and "ribs.\n" not in text and "How it was made" not in text
+        assert (again / "card.md").read_text() == "Draws bones.\n" and "images/failures.png" not in files(again)
+
+    def test_a_card_without_its_file_is_not_replaced(self, first, tmp_path):
+        (first / "card.md").unlink()
+        with pytest.raises(
+            ValueError, match=r"hand-written sections \(How it was made, Failures\) that would be lost"
+        ):
+            publish(first, "owner/ribs", dry_run=tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+
+    def test_a_picture_that_is_missing_or_elsewhere_is_refused(self, adapter, tmp_path):
+        for shown, error, words in (
+            ("images/none.png", FileNotFoundError, "picture images/none.png, which is not beside it"),
+            ("../grid.png", ValueError, "valid are .png files"),
+        ):
+            (tmp_path / "card.md").write_text(f"Ribs.\n\n![ribs]({shown})\n")
+            with pytest.raises(error, match=words):
+                publish(adapter, "owner/ribs", dry_run=tmp_path / "out", card=tmp_path / "card.md")
+
+    def test_how_samples_were_drawn(self, adapter, tmp_path):
+        (adapter / "samples.png").unlink()
+        manifest = json.loads((adapter / "adapter.json").read_text())
+        (adapter / "adapter.json").write_text(json.dumps(manifest | {"base_model": "sd"}))  # here, not on the Hub
+        first = publish(tmp_path / "run", "owner/ribs", dry_run=tmp_path / "out")
+        note = "Drawn when this was published, with the seeds 0 to"
+        assert f"samples.png)\n\n{note}" in (first / "README.md").read_text()
+        assert read_provenance(first / "samples.png")["drawn"].startswith(note)
+        (tmp_path / "moved").mkdir()
+        for name in files(first) - {"README.md"}:
+            shutil.copy(first / name, tmp_path / "moved" / name)
+        again = publish(tmp_path / "moved", "owner/ribs", dry_run=tmp_path / "again")
+        assert contents(again) == contents(first)
 
 
 class TestAdapter:
     def test_the_folder_is_complete_and_loads_in_a_stock_pipeline(self, adapter, tmp_path):
-        own = weights_hash(adapter)
-        about = {"model_hash": "0" * 12, "adapters": {"ribs": 1.0}}
-        about["adapter_hash"] = hashlib.sha256(json.dumps([[own, 1.0]]).encode()).hexdigest()[:12]
-        (adapter / "report.json").write_text(json.dumps(report_of(about)))
         out = publish(tmp_path / "run", "owner/ribs", dry_run=tmp_path / "out")
         weights = "pytorch_lora_weights.safetensors"
         expected = {weights, "adapter.json", "training_images.json", "samples.png", "report.json", "config.yaml"}
@@ -232,6 +355,7 @@ class TestAdapter:
         file = adapter / "pytorch_lora_weights.safetensors"
         options = json.dumps({"text_encoder.base_model_name_or_path": "/home/somebody/sd", "unet.r": 2})
         save_file(load_file(file), file, metadata={"format": "pt", "lora_adapter_metadata": options})
+        (adapter / "report.json").unlink()  # of other bytes
         out = publish(adapter, "owner/ribs", dry_run=tmp_path / "out", force=True)
         assert not [name for name, content in contents(out).items() if b"somebody" in content]
         assert load_file(out / file.name).keys() == load_file(file).keys()

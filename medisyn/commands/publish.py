@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def publish(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a folder of a pipeline or an adapter.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a folder of a pipeline or adapter, default.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub.")],
     dry_run: Annotated[
         str | None, typer.Option("--dry-run", metavar="DIR", help="Write the repository here, upload nothing.")
@@ -29,9 +29,9 @@ def publish(
     license: Annotated[
         str | None, typer.Option(metavar="L", help="Of the weights; without it, that of the strictest source.")
     ] = None,
-    card: Annotated[str | None, typer.Option(metavar="FILE", help="Hand-written sections (RUN/card.md).")] = None,
+    card: Annotated[str | None, typer.Option(metavar="FILE", help="Hand-written sections (card.md of RUN).")] = None,
     report: Annotated[
-        str | None, typer.Option(metavar="FILE", help="report.json of an evaluation (RUN/evaluation/report.json).")
+        str | None, typer.Option(metavar="FILE", help="report.json of an evaluation (that of RUN).")
     ] = None,
 ) -> None:
     """Publish a model or an adapter with its card; the same command again continues an upload."""
