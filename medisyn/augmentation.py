@@ -8,7 +8,8 @@ Notable choices:
   images of each class, and all candidates, stand beside it: the three pools are measured against real images alone and
   against each other (`medisyn.evaluation.utility`).
 * Test images must be strangers to classifier and generator. What the generator learnt without labels may hold the
-  unlabelled rest of the same data set; the report says so.
+  unlabelled rest of the same data set; so candidates are compared with all of `real`, not with the labelled share.
+* A generator that learnt from other labels than these is refused (`medisyn.augmentation_checks`).
 * By default all folds learn from all labelled images, with another seed: the generator has learnt from these labels,
   so a comparison with fewer of them would flatter it.
 * The same call goes on where it stopped. Every synthetic image keeps its seed, condition and model hash.
@@ -18,14 +19,17 @@ Notable choices:
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .augmentation_checks import check_labels, find_uncompared
+from .augmentation_report import format_augmentation, with_share
 from .augmented_dataset import FORMATS, check_dataset_folder, write_dataset
 from .evaluation.features import load_extractor
-from .evaluation.inputs import Images
+from .evaluation.inputs import Images, open_images
 from .evaluation.utility import check_settings, measure_utility
 from .evaluation.utility_cells import make_folds
 from .evaluation.utility_classifier import Classifier
@@ -39,7 +43,7 @@ from .evaluation.utility_inputs import (
     open_labelled,
     refuse_overlap,
 )
-from .evaluation.utility_report import format_utility
+from .evaluation.utility_report import write_utility
 from .generation.class_requests import class_requests, condition_of, spread_requests
 from .generation.output_folder import check_writable
 from .generation.provenance import atomic_file
@@ -51,6 +55,8 @@ from .prompts import choose
 
 if TYPE_CHECKING:
     from .pipelines.medisyn_pipeline import MediSynPipeline
+
+logger = logging.getLogger(__name__)
 
 POOLS = {"all candidates": "candidates", "random selection": "random", "selected": "selected"}  # name -> folder
 
@@ -106,7 +112,7 @@ def augment(
         classes: What is told apart; empty: every class of `real`.
         label_fraction: Share of the labels to use, whole patients of every class (`stratified_subset`).
         label_seed: Of that share: the one that the generator was trained with.
-        condition: One of `class_requests.CONDITIONS`; None: the first of them that the model has.
+        condition: One of `class_requests.CONDITIONS`; None: the first of them that has all classes.
         label_field: Field of the model's label schema; None: the one that has all classes.
         prompt: Template with `{label}`; None: the captions of the labelled images.
         ratio: Candidates for each labelled image.
@@ -114,7 +120,8 @@ def augment(
         sampling: Further arguments of `synthesize`, such as `num_inference_steps`.
         rules: Of the selection.
         extractor: Features for the selection.
-        train: Further real images that the generator has seen; copies of them are dropped as well.
+        train: Real images that the generator has seen; copies of them are dropped as well. None: all of `real`, also
+            what the filter, the classes and the share of the labels leave out.
         classifiers: See `measure_utility`.
         folds: See `measure_utility`.
         fold_kind: See `measure_utility`.
@@ -132,7 +139,8 @@ def augment(
 
     Raises:
         ValueError: Bad settings; a single class, a class with one image, or one that the model does not know; test
-            images that are no strangers; a selection that leaves a class empty.
+            images that are no strangers; a generator that learnt from other labels; a selection that leaves a class
+            empty.
         FileNotFoundError: A source does not exist.
         FileExistsError: `out` holds the candidates of another request, or a data set that was not made here.
         OSError: `out` cannot be written.
@@ -148,7 +156,8 @@ def augment(
         raise ValueError(f"ratio of candidates to labelled images must be above 0 and at most 1000, not {ratio:g}")
     load_extractor(extractor, pipe)  # a missing weights file must not cost an hour
     options: dict[str, Any] = {"group_column": group_column, "filter": filter}
-    labelled = open_labelled(real, label_column, classes=classes, **options)
+    source = open_images(real, [label_column])
+    labelled = open_labelled(source, label_column, classes=classes, **options)
     asked = open_labelled(test, label_column, classes=classes, **options)
     small = choose_labels(labelled, label_fraction, label_seed)
     classes = check_classes(small, classes)
@@ -158,11 +167,18 @@ def augment(
     if not drop_overlap:  # found out again when it is measured, but that is after hours of sampling
         owners = {"generator's training images": generator_hashes(generators)[0], "labelled images": small.hashes}
         refuse_overlap(asked, find_overlap(asked, owners, small))
+    warnings = check_labels(generators, labelled, small, label_fraction, label_seed)
+    seen = source if train is None else open_images(train)
+    warnings += find_uncompared(generators, [*small.hashes, *map(str, seen.hashes())])
     check_dataset_folder(out / "dataset")
 
     counts = candidate_counts(small, classes, ratio, balanced)
     templates = class_requests(pipe, classes, condition, label_field, prompt, _captions(small))
     requests = spread_requests(templates, counts, label_column, seed)
+    if condition_of(requests[0]) != "class_label" and any(key.startswith("classifier_") for key in sampling or {}):
+        warnings.append(f"classifier guidance has no effect: classes are asked for by {condition_of(requests[0])}")
+    for warning in warnings:
+        logger.warning("%s", warning)
     name = Path(model).name if Path(model).exists() else model
     synthesize(pipe, requests, out / "candidates", model=name, progress=progress, **(sampling or {}))
     selection = select_folder(
@@ -171,7 +187,7 @@ def augment(
         label_column,
         rules,
         out=out / "selected",
-        train=train,
+        train=seen,
         extractor=extractor,
         cache_dir=out / "features" if cache_dir is None else cache_dir,
         group_column=group_column,
@@ -203,6 +219,8 @@ def augment(
         out=out / "utility",
         progress=progress,
     )
+    utility = with_share(utility, label_fraction)
+    write_utility(utility, out / "utility")
     asked_for = replace(templates[classes[0]], columns={}).caption()
     report = {
         "label_fraction": label_fraction,
@@ -217,6 +235,7 @@ def augment(
             "seeds": [requests[0].seed, requests[-1].seed],
         },
         "candidates": counts,
+        "warnings": warnings,
         "selection": selection.report,
         "dataset": {"format": dataset_format, "real": len(small), "synthetic": len(pools["selected"])},
         "utility": utility,
@@ -234,34 +253,6 @@ def candidate_counts(small: LabelledImages, classes: Sequence[str], ratio: float
     if balanced:
         return {label: max(1, round(ratio * len(small) / len(classes))) for label in classes}
     return {label: max(1, round(ratio * own[label])) for label in classes}
-
-
-def format_augmentation(report: Mapping) -> str:
-    """The report as Markdown."""
-    generator, selection, dataset = report["generator"], report["selection"], report["dataset"]
-    steps = [f"- `{step['rule']}`: {step['after']} of {step['before']} left" for step in selection["steps"]]
-    warnings = [f"- WARNING: {text}" for text in selection["warnings"]]
-    kept = ", ".join(
-        f"{label}: {number} of {selection['images'][label]}" for label, number in selection["kept"].items()
-    )
-    small = ", ".join(f"{label} {number}" for label, number in report["labelled_images"].items())
-    settings = ", ".join(f"{name} {value}" for name, value in generator["sampling"].items() if value is not None)
-    parts = [
-        "# Augmentation of a small labelled set",
-        f"- Labelled images: {small} ({100 * report['label_fraction']:.3g} % of the labels, label seed "
-        f"{report['label_seed']}).\n"
-        f"- Generator: {generator['model']}, asked by {generator['condition']} (such as: {generator['example']}); "
-        f"seeds {generator['seeds'][0]} to {generator['seeds'][1]}{'; ' + settings if settings else ''}.\n"
-        f"- Augmented set: {dataset['real']} real and {dataset['synthetic']} selected synthetic images "
-        f"({dataset['format']}).",
-        "## Selection",
-        "\n".join([*steps, f"- Kept: {kept}", *warnings]),
-        format_utility(report["utility"])
-        .replace("\n## ", "\n### ")
-        .replace("# Utility", "## Utility", 1)
-        .replace("(utility.png)", "(utility/utility.png)"),
-    ]
-    return "\n\n".join(parts)
 
 
 def _captions(small: LabelledImages) -> dict[str, list[str | None]]:

@@ -147,6 +147,10 @@ class LatentClassifierTaskConfig:
     classes: tuple[str, ...] = ()  # in order; empty: all that the labelled images have, in alphabetical order
     label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, whose label is used
     label_seed: int = 0  # chooses them
+    # share of the labelled images, in whole groups of every class, that the temperatures are fitted on and nothing
+    # else (Guo et al. 2017): they scale the guidance, and validation images are for measuring. With fewer than three
+    # of a class, or 0, all images train the classifier and the temperatures stay 1
+    calibration_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
     # start from the encoder half of the base's UNet, which has its shape then; or at random, in the shape below
     initialize: Literal["base", "random"] = "base"
     block_out_channels: tuple[Positive, ...] = (64, 128, 128)  # of a random start: channels at each resolution
@@ -173,7 +177,9 @@ class GuidedTaskConfig:
     label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, whose label is used
     label_seed: int = 0  # chooses them; the same as the classifier's
     unlabelled: str | tuple[str, ...] | None = None  # more images for the distillation, as in data.source
-    guidance_scale: NonNegative = 3.0  # of the classifier's gradient in the target
+    # of the classifier's gradient in the target. At 3 the target is nearly the teacher and the student does not learn
+    # its classes (agreement 0.67, chance 0.33); at 12 it does (0.94, model_cards/LOG.md)
+    guidance_scale: NonNegative = 12.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # where it acts, in fractions of the timesteps
     guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
     distillation_weight: NonNegative = 1.0

@@ -3,8 +3,8 @@
 - The mathematics stands in `pipelines/medisyn_latent_classifier.py`, which published models carry; this module gives
   it a name of its own, loads and attaches classifiers, and adds guidance by the predicted clean latent.
 - A classifier of clean latents or of images (any callable) judges what the UNet predicts. Its gradient goes back to
-  the noised latent through the UNet ("unet", exact), or as if the prediction were signal * x ("scaled", no backward
-  pass through the UNet; what it would be for normally distributed latents).
+  the noised latent through the UNet ("unet", exact), or as if the prediction were signal * x, divided by signal**2 +
+  noise**2 where that is not 1 ("scaled", no backward pass through the UNet; so it is for standard normal latents).
 - Classifier-free guidance comes first; the classifier's gradient is added to its result.
 
     pipe = attach_classifier(load_pipeline("runs/unconditional"), "runs/classifier")
@@ -31,6 +31,8 @@ from medisyn.pipelines.medisyn_latent_classifier import (
     latent_fingerprint,
     log_probability_gradient,
     noise_coefficients,
+    output_scalings,
+    prediction_rule,
     shift_prediction,
 )
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
@@ -180,26 +182,33 @@ class CleanClassifier:
         clip: float | None = 1.0,
     ) -> Tensor:
         """As `MediSynLatentClassifier.guided_prediction`; `predict` must be differentiable for jacobian "unet"."""
-        if type(scheduler).__name__.startswith("EDM"):
-            raise ValueError(f"a classifier of clean latents does not go with {type(scheduler).__name__}")
         signal, noise = (value.to(sample.device) for value in noise_coefficients(scheduler, timestep))
-        prediction_type, indices = scheduler.config.prediction_type, class_indices.to(sample.device)
+        prediction_type, factor = prediction_rule(scheduler, signal, noise)
+        indices, shape = class_indices.to(sample.device), (-1, *[1] * (sample.ndim - 1))
+
+        def clean(prediction: Tensor, seen: Tensor) -> Tensor:
+            if isinstance(factor, float):
+                return clean_prediction(prediction, seen, signal, noise, prediction_type)
+            skip, out = (value.reshape(shape) for value in output_scalings(scheduler, signal, noise))
+            return skip * seen.float() + out * prediction.float()
+
         prediction: Tensor | None = None
         if self.jacobian == "scaled":
             prediction = predict(sample)
-            clean = clean_prediction(prediction, sample, signal, noise, prediction_type)
-            gradient = log_probability_gradient(self.log_probabilities, clean, indices)
-            gradient = signal.reshape(-1, *[1] * (sample.ndim - 1)) * gradient
+            gradient = log_probability_gradient(self.log_probabilities, clean(prediction, sample), indices)
+            gradient = (signal / (signal.square() + noise.square())).reshape(shape) * gradient
         else:
 
             def through_unet(variable: Tensor) -> Tensor:
                 nonlocal prediction
                 prediction = predict(variable)
-                return self.log_probabilities(clean_prediction(prediction, variable, signal, noise, prediction_type))
+                return self.log_probabilities(clean(prediction, variable))
 
             gradient = log_probability_gradient(through_unet, sample, indices)
         prediction = predict(sample) if prediction is None else prediction.detach()
         shift = clean_shift(gradient, signal, noise, scale, clip)
+        if not isinstance(factor, float):
+            shift = factor.reshape(shape) * shift
         return shift_prediction(prediction, shift, signal, noise, prediction_type)
 
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import yaml
 
+NO_IS_A_WORD = frozenset(("train.mixed_precision",))  # where YAML 1.1 would read `no` as false
+
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one value, in place.
 
     - Sections that are missing or null are made; an item of a list is named by its place, counted from 0.
+    - `train.mixed_precision=no` is the word; everywhere else `no` is false, as YAML has it.
 
     Args:
         tree: Nested dictionaries and lists, as YAML gives them.
@@ -37,6 +40,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if isinstance(read, str):  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
             read = float(read)
+    if name.strip() in NO_IS_A_WORD and value.strip() == "no":
+        read = "no"
     node[_key(node, last, override)] = read
 
 

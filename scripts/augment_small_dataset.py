@@ -4,10 +4,14 @@
   (`label_seed`), selection on, off, and random; small CNN and probe.
 - The model has seen all training images, so candidates are compared with all of them, not with the labelled 5 % alone.
 - Of the test images of brain_tumor_mri, 12 of 210 are copies of training images: `--drop-overlap` leaves them out.
-- MODELS has a folder for each data set, such as MODELS/wbc_bloodcell/pipeline. The same command again continues.
+- A model is named for its data set (`--model DATASET=RUN`, repeatable), or there is a folder of them with those names
+  (`--models DIR`). All other options go to each `medisyn augment`. The same command again continues.
 
-    python scripts/augment_small_dataset.py --corpus DIR --models runs/guided --out outputs/augmentation \\
-        --extractor timm:tf_efficientnet_lite0@efficientnet_lite0.pth --classifier-guidance 4 --drop-overlap
+    python scripts/augment_small_dataset.py --corpus data/corpus --model lc25000_lung=runs/guided --guidance 1 \\
+        --drop-overlap --extractor timm:tf_efficientnet_lite0@data/weights/efficientnet_lite0.pth
+    python scripts/augment_small_dataset.py --corpus data/corpus --model brain_tumor_mri=runs/classifier_mri \\
+        --classifier-guidance 12 --guidance 1 --ratio 5 --balanced \\
+        --drop-overlap --extractor timm:tf_efficientnet_lite0@data/weights/efficientnet_lite0.pth
 """
 
 import argparse
@@ -20,18 +24,37 @@ DATASETS = ("lc25000_lung", "wbc_bloodcell", "brain_tumor_mri")
 
 def main() -> None:
     """One `medisyn augment` for each data set; unknown arguments go to it as they are."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--corpus", required=True, help="folder of train-*.parquet and validation-*.parquet")
-    parser.add_argument("--models", required=True, help="folder with a model for each data set")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="DATASET=RUN", help="model of a data set; may be repeated"
+    )
+    parser.add_argument("--models", metavar="DIR", help="folder with a model for each data set without --model")
     parser.add_argument("--out", default="outputs/augmentation")
-    parser.add_argument("--datasets", default=",".join(DATASETS), help="names joined by commas")
+    parser.add_argument("--datasets", help="names joined by commas; those of --model, or " + ",".join(DATASETS))
     parser.add_argument("--label-fraction", default="0.05")
     arguments, others = parser.parse_known_args()
-    for name in arguments.datasets.split(","):
+    models: dict[str, str] = {}
+    for text in arguments.model:
+        name, _, run = text.partition("=")
+        if not name or not run or name in models:
+            parser.error(f"--model must be DATASET=RUN, each data set once, not {text!r}")
+        models[name] = run
+    if not models and arguments.models is None:
+        parser.error("no model: give --model DATASET=RUN, or --models DIR")
+    given = arguments.datasets.split(",") if arguments.datasets else list(DATASETS)
+    names = list(models) if arguments.datasets is None and arguments.models is None else given
+    lacking = [name for name in names if name not in models]
+    if lacking and arguments.models is None:
+        parser.error(f"no model of {lacking[0]}: give --model {lacking[0]}=RUN")
+    if unused := sorted(set(models) - set(names)):
+        parser.error(f"--model {unused[0]}: not a data set of {', '.join(names)}")
+    for name in names:
         command = ["augment", "--real", f"{arguments.corpus}/train-*.parquet"]
         command += ["--test", f"{arguments.corpus}/validation-*.parquet", "--where", f"dataset={name}"]
         command += ["--train", f"{arguments.corpus}/train-*.parquet", "--cache", str(Path(arguments.out) / "features")]
-        command += ["--label-fraction", arguments.label_fraction, "--model", str(Path(arguments.models) / name)]
+        command += ["--label-fraction", arguments.label_fraction]
+        command += ["--model", models.get(name) or str(Path(arguments.models) / name)]
         command += ["--classifier", "cnn,probe", "--out", str(Path(arguments.out) / name), *others]
         run_command(command)
 

@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from medisyn.augmentation import augment, candidate_counts
+from medisyn.augmentation_checks import check_labels, find_uncompared
 from medisyn.augmented_dataset import write_dataset
 from medisyn.cli import app
 from medisyn.data.loading import load_images
 from medisyn.evaluation.utility_classifier import CnnClassifier
-from medisyn.evaluation.utility_inputs import open_labelled
+from medisyn.evaluation.utility_inputs import check_classes, choose_labels, open_labelled
 from medisyn.generation.class_requests import class_requests, spread_requests
 from medisyn.generation.provenance import read_provenance
 from medisyn.guidance import attach_classifier
@@ -158,7 +159,11 @@ def test_a_class_is_asked_for_by_what_the_model_has(data):
         (tiny_pipeline(()), {}, "cannot be asked for a class"),
         (text, {}, "no image of class 'dark' has a caption"),
         (text, {"prompt": "one"}, "must have {label}"),
-        (text, {"condition": "labels"}, "no label field of this model has all of the classes"),
+        (
+            text,
+            {"condition": "labels"},
+            "no label field of this model has the class 'dark'; its fields: dr_grade: 0, 1",
+        ),
         (text, {"label_field": "dr_grade"}, "does not have all of dark"),
         (text, {"condition": "class_label"}, "no latent classifier"),
         (text, {"condition": "magic"}, "condition.*'magic'"),
@@ -166,6 +171,40 @@ def test_a_class_is_asked_for_by_what_the_model_has(data):
     ):
         with pytest.raises(ValueError, match=message):
             class_requests(pipe, classes, **changes)
+
+
+def test_a_class_that_a_model_with_labels_lacks_is_named_with_what_it_has():
+    """Not that it has no label condition."""
+    pipe = pipe_with_findings()
+    with pytest.raises(ValueError) as caught:
+        class_requests(pipe, ["dark", "violet"])
+    assert "no label field of this model has the class 'violet'" in str(caught.value)
+    assert "kind: dark, bright, green" in str(caught.value) and "dr_grade: 0, 1, 2, 3" in str(caught.value)
+    with pytest.raises(ValueError, match="has all of dark, 0; its fields"):  # each is there, but in two fields
+        class_requests(pipe, ["dark", "0"])
+    with pytest.raises(ValueError, match="labels cannot be used: this model has no label condition"):
+        class_requests(tiny_pipeline(("text",)), ["dark", "bright"], condition="labels")
+
+
+def test_a_classifier_of_other_classes_hides_no_label_field():
+    pipe = pipe_with_findings()
+    other = MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, ["glioma", "meningioma"])
+    attach_classifier(pipe, other)
+    assert class_requests(pipe, list(KINDS))["dark"].labels == {"kind": "dark"}
+    assert class_requests(pipe, ["glioma", "meningioma"])["glioma"].class_label == "glioma"
+    with pytest.raises(ValueError, match="does not know the class 'dark'; valid: glioma, meningioma"):
+        class_requests(pipe, list(KINDS), condition="class_label")
+    with pytest.raises(ValueError, match="classifier does not know the class 'violet'.*no label field of this model"):
+        class_requests(pipe, ["violet", "dark"])
+
+
+def test_a_class_that_is_not_there_is_named_beside_all_that_are(data):
+    found = open_labelled(data["real"], "finding", classes=["dark", "nope"])
+    with pytest.raises(
+        ValueError, match=r"class 'nope' has no image.*; classes there: bright \(8\), dark \(8\), green \(8\)"
+    ):
+        check_classes(found.select(range(4)), ["dark", "nope"])
+    assert check_classes(open_labelled(data["real"], "finding", classes=["green", "dark"]), ["green", "dark"])
 
 
 def test_a_latent_classifier_is_asked_first_and_guides_every_candidate(data, tmp_path):
@@ -186,6 +225,109 @@ def test_a_latent_classifier_is_asked_first_and_guides_every_candidate(data, tmp
         class_requests(pipe, list(KINDS))
 
 
+def test_candidates_are_compared_with_all_real_images_and_the_rest_is_warned_of(data, tmp_path, caplog):
+    """The generator has seen what the share of the labels, the classes and the filter leave out."""
+    folder = tmp_path / "model"
+    tiny_pipeline(()).save_pretrained(folder)
+    hashes = open_labelled(data["real"], "finding").hashes
+    write_training_record(folder, {"hashes": hashes, "datasets": []})
+    options = {"model": str(folder), "label_fraction": 0.5, "classes": ["dark", "bright"]}
+    report = run(data, pipe_with_findings(), tmp_path / "out", **options)
+    counts = json.loads((tmp_path / "out" / "selected" / "selection.json").read_text())["counts"]
+    assert (counts["real"], counts["train"]) == (8, 16)
+    assert not [text for text in report["warnings"] if "no candidate is compared" in text]
+
+    write_training_record(folder, {"hashes": [*hashes, "0123456789abcdef", "0123456789abcdee"], "datasets": []})
+    caplog.clear()
+    report = run(data, pipe_with_findings(), tmp_path / "out", **options)
+    line = "the generator has seen 2 images that no candidate is compared with: name them by --train"
+    assert line in report["warnings"] and line in caplog.messages
+    assert f"WARNING: {line}" in (tmp_path / "out" / "augment.md").read_text()
+    few = write_labelled(tmp_path / "few", 1, 9)
+    found = find_uncompared([str(folder)], [*hashes[:20], *open_labelled(few, "finding").hashes])
+    assert found == ["the generator has seen 6 images that no candidate is compared with: name them by --train"]
+
+
+def test_the_report_begins_with_what_the_selection_is_worth(data, tmp_path):
+    report = run(data, pipe_with_findings(), tmp_path / "out", label_fraction=0.5)
+    text = (tmp_path / "out" / "augment.md").read_text()
+    worth = text.partition("## What the selection is worth")[2].partition("## Selection")[0]
+    header, rows = worth.strip().splitlines()[0], worth.strip().splitlines()[2:]
+    assert "p, paired bootstrap" in header and "p, McNemar" in header
+    assert [row.split("|")[3].strip() for row in rows] == ["real only", "random selection", "all candidates"]
+    gain = report["utility"]["results"][-1]["gain"]["accuracy"]
+    assert f"{gain['gain']:+.3f}" in rows[0]
+    shown = [cell.strip() for cell in rows[0].split("|")[5:7]]
+    assert shown == ["<0.001" if p < 0.001 else f"{p:.3f}" for p in (gain["p"], gain["mcnemar"]["p"])]
+    overall = report["selection"]["diversity"]["overall"]
+    line = next(line for line in text.splitlines() if line.startswith("- Diversity"))
+    for name in ("coverage", "recall", "mean_pairwise_distance"):
+        assert f"{name.replace('_', ' ')} {overall['after'][name]:.3g}" in line
+    # 12 of 24 labelled images are half of the labels, not all.
+    assert "50 % (12)" in text and "100 %" not in text
+    assert {row["amount"] for row in report["utility"]["results"]} == {0.5}
+    assert json.loads((tmp_path / "out" / "utility" / "utility.json").read_text()) == report["utility"]
+    assert "50 % (12)" in (tmp_path / "out" / "utility" / "utility.md").read_text()
+
+
+def write_run(folder, hashes, task, learnt=()):
+    """A run folder: its configuration, the record of its model, and that of its classifier."""
+    write_training_record(folder / "pipeline", {"hashes": list(hashes), "datasets": []})
+    (folder / "config.yaml").write_text(json.dumps({"task": task}))
+    if learnt:
+        write_training_record(folder / "classifier", {"hashes": list(learnt), "datasets": []})
+    return str(folder)
+
+
+def test_a_generator_that_learnt_from_other_labels_is_refused(data, tmp_path):
+    labelled = open_labelled(data["real"], "finding")
+    small = choose_labels(labelled, 0.5, 0)
+    share = {"label_fraction": 0.5, "label_seed": 0}
+
+    def check(*generators, fraction=0.5):
+        return check_labels(generators, labelled, choose_labels(labelled, fraction, 0), fraction, 0)
+
+    classifier = write_run(tmp_path / "a", labelled.hashes, {"type": "latent_classifier"} | share, small.hashes)
+    guided = write_run(tmp_path / "b", labelled.hashes, {"type": "guided", "classifier": classifier} | share)
+    assert check(classifier, guided, f"{guided}/pipeline") == []
+    # Fewer labels are no advantage, but the same comparison they are not.
+    assert check(classifier, fraction=1.0) == [
+        f"{classifier} learnt from --label-fraction 0.5 --label-seed 0: fewer labels than the 1 of the classifiers "
+        "beside it"
+    ]
+    for number, (task, message) in enumerate(
+        (
+            ({"type": "latent_classifier", "label_fraction": 1.0, "label_seed": 0}, "--label-fraction 1"),
+            ({"type": "guided", "classifier": "", "label_fraction": 0.5, "label_seed": 3}, "--label-seed 3, not 0.5"),
+        )
+    ):
+        run_folder = write_run(tmp_path / f"c{number}", labelled.hashes, task)
+        with pytest.raises(ValueError, match=message):
+            check(run_folder)
+        strangers = write_run(tmp_path / f"d{number}", ["0123456789abcdef"], task)
+        assert check(strangers) == []  # a model of other images
+    teacher = write_run(tmp_path / "e", labelled.hashes, {"type": "latent_classifier"} | share | {"label_seed": 5})
+    with pytest.raises(ValueError, match=f"{teacher} learnt from"):  # a student knows what its classifier knows
+        check(write_run(tmp_path / "f", labelled.hashes, {"type": "guided", "classifier": teacher} | share))
+    other = [content for content in labelled.hashes if content not in small.hashes]
+    wrong = write_run(tmp_path / "g", labelled.hashes, {"type": "latent_classifier"} | share, other[:3])
+    with pytest.raises(ValueError, match="labels of 3 images that are not among the 12 labelled ones"):
+        check(wrong)
+    # What no run folder says is a warning where only a share of the labels is used.
+    unknown = write_run(tmp_path / "h", labelled.hashes, {"type": "diffusion"})
+    assert check(unknown) == [
+        f"it cannot be checked that {unknown} learnt from these labels alone: no config.yaml of a run says so"
+    ]
+    assert check(unknown, fraction=1.0) == []
+    (tmp_path / "h" / "config.yaml").write_text("task: [")
+    assert len(check(unknown)) == 1
+    # It is found out before anything is drawn.
+    pipe = pipe_with_findings()
+    with pytest.raises(ValueError, match="it knows labels that the classifiers beside it do not; give the same ones"):
+        run(data, pipe, tmp_path / "out", model=guided, label_fraction=0.25)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_has_seen_test_images_is_refused_before_it_draws(data, tmp_path):
     folder = tmp_path / "model"
     tiny_pipeline(()).save_pretrained(folder)
@@ -204,7 +346,8 @@ def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(da
     def command(*arguments):
         options = {"--real": data["real"], "--test": data["test"], "--model": folder, "--extractor": data["extractor"]}
         options |= dict(zip(arguments[::2], arguments[1::2], strict=True))
-        given = [str(part) for pair in options.items() for part in pair]
+        pairs = [(name, str(value).split() if "interval" in name else [value]) for name, value in options.items()]
+        given = [str(part) for name, values in pairs for part in (name, *values)]
         return CliRunner().invoke(app, ["augment", *given, *QUICK])
 
     rules = ("--rules", "duplicates:0.9999", "--ratio", 1, "--format", "parquet", "--regimes", "both")
@@ -213,6 +356,17 @@ def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(da
     assert str(tmp_path / "out") in result.stdout and (tmp_path / "out" / "dataset" / "train.parquet").is_file()
     report = json.loads((tmp_path / "out" / "augment.json").read_text())
     assert report["generator"]["condition"] == "prompt" and report["generator"]["example"] == "a bright one"
+
+    # A model with a classifier takes where its guidance is on, and how far it may move a latent.
+    pipe = tiny_pipeline(())
+    attach_classifier(pipe, MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, sorted(KINDS)))
+    pipe.save_pretrained(tmp_path / "guided")
+    options = ("--classifier-guidance-interval", "0.2 0.7", "--classifier-guidance-clip", 0.4)
+    result = command(*rules, *options, "--model", tmp_path / "guided", "--out", tmp_path / "guided_out")
+    assert result.exit_code == 0, result.stderr
+    made = load_images(str(tmp_path / "guided_out" / "candidates"), caption_column=None)
+    assert set(map(tuple, made.column("classifier_guidance_interval"))) == {(0.2, 0.7)}
+    assert set(made.column("classifier_guidance_clip")) == {0.4}
 
     one = write_labelled(tmp_path / "one", 4, 5, kinds=["dark"])
     for arguments, message in (
@@ -223,6 +377,9 @@ def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(da
         (("--rules", "magic:1"), "magic"),
         (("--format", "zip"), "zip"),
         (("--condition", "class_label"), "no latent classifier"),
+        (("--classes", "dark,nope"), "classes there: bright (8), dark (8), green (8)"),
+        (("--classifier-guidance-interval", "0.9 0.1"), "--classifier-guidance-interval must be LOW HIGH"),
+        (("--classifier-guidance-clip", "0"), "--classifier-guidance-clip must be a number above 0"),
         (("--extractor", "timm:test_efficientnet@nowhere.pth"), "nowhere.pth"),
         (("--test", data["real"]), "test images are among the labelled images"),
     ):
@@ -232,7 +389,8 @@ def test_the_command_prints_where_everything_is_and_one_line_for_each_mistake(da
     assert not (tmp_path / "bad").exists()
 
 
-def test_the_script_compares_candidates_with_all_that_the_model_has_seen(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("named", ["--model", "--models"])
+def test_the_script_compares_candidates_with_all_that_the_model_has_seen(named, data, tmp_path, monkeypatch):
     """Not with the labelled share alone."""
     for part, name in (("train", "real"), ("validation", "test")):
         images = load_images(data[name])
@@ -240,13 +398,35 @@ def test_the_script_compares_candidates_with_all_that_the_model_has_seen(data, t
         columns |= {"image": [images.image(row) for row in range(len(images))], "dataset": ["tiny"] * len(images)}
         datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{part}-0.parquet")
     pipe_with_findings().save_pretrained(tmp_path / "models" / "tiny")
-    arguments = ["--corpus", tmp_path, "--models", tmp_path / "models", "--out", tmp_path / "out"]
-    arguments += ["--datasets", "tiny", "--extractor", data["extractor"]]
+    models = {
+        "--models": [tmp_path / "models", "--datasets", "tiny"],
+        "--model": [f"tiny={tmp_path / 'models' / 'tiny'}"],
+    }
+    arguments = ["--corpus", tmp_path, named, *models[named], "--out", tmp_path / "out"]
+    arguments += ["--extractor", data["extractor"]]
     arguments += ["--label-fraction", 0.5, "--ratio", 1, "--rules", "duplicates:0.9999", "--regimes", "both", *QUICK]
     monkeypatch.setattr(sys, "argv", ["augment_small_dataset.py", *map(str, arguments)])
     runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "augment_small_dataset.py"))["main"]()
     selection = json.loads((tmp_path / "out" / "tiny" / "selected" / "selection.json").read_text())
     assert (selection["counts"]["real"], selection["counts"].get("train")) == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no model: give --model"),
+        (["--model", "tiny"], "must be DATASET=RUN, each data set once, not 'tiny'"),
+        (["--model", "a=x", "--model", "a=y"], "each data set once, not 'a=y'"),
+        (["--model", "a=x", "--datasets", "a,b"], "no model of b: give --model b=RUN"),
+        (["--model", "a=x", "--datasets", "b", "--models", "m"], "--model a: not a data set of b"),
+    ],
+)
+def test_the_script_says_which_model_is_missing(given, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["augment_small_dataset.py", "--corpus", "data", *given])
+    main = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "augment_small_dataset.py"))["main"]
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_images_of_one_patient_stay_together_where_folds_leave_labels_out(data, tmp_path):

@@ -1,5 +1,6 @@
 """LoRA of the decoder: trained, saved, loaded, mixed, fused and removed; class consistency of the decoder."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def test_two_decoders_mix_and_either_can_be_fused(folder):
     assert not any("lora" in key for key in pipe.vae.state_dict())
     torch.testing.assert_close(decode(pipe), one, atol=1e-4, rtol=1e-3)
     assert (decode(pipe) - before).abs().max() > 1e-3
+
+
+def test_the_comparison_of_ways_times_a_fused_decoder(folder, monkeypatch):
+    """A run's own pipeline has no adapter layers, so an adapter on its teacher is not timed with them either."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts" / "unconditional_to_conditional"))
+    module = importlib.import_module("compare")
+    pipe = load_pipeline(folder / "base", adapter=folder / "decoder")
+    attach_classifier(pipe, MediSynLatentClassifier.from_unet(pipe.unet, pipe.scheduler, ("bright", "dark")))
+    pipe.set_progress_bar_config(disable=True)
+    tuned = decode(pipe)
+    way = module.Way("tuned decoder", "run", classifier_guidance_scale=1.0)
+    assert module.seconds_per_image(pipe, way, "dark", "finding", steps=1, batch_size=1, clock="cpu") > 0
+    assert not any("lora" in key for key in pipe.vae.state_dict())
+    torch.testing.assert_close(decode(pipe), tuned, atol=1e-4, rtol=1e-3)
 
 
 def test_alpha_survives_and_the_record_of_training_images_goes_along(folder):
@@ -159,6 +174,29 @@ def test_class_consistency_sends_the_class_into_the_decoder(folder):
     assert {"consistency", "classifier", "classifier_accuracy"} <= set().union(*lines)
     change = next(line["validation/psnr_change"] for line in lines if "validation/psnr_change" in line)
     assert abs(change) < 1.0
+
+
+def test_an_adapter_says_what_class_consistency_cost_the_reconstruction(folder):
+    """As the last validation measured it; a decoder that was tuned without a class has nothing to say."""
+    config = autoencoder_config(
+        folder,
+        "costly",
+        task=consistency(lora={"rank": 2}),
+        data={"caption_column": "caption"},
+        validation={"source": str(folder / "images"), "resolution": 32, "caption_column": None},
+        train={"validate_every": 4, "validation_images": 20},
+        optim={"learning_rate": 0.05},
+    )
+    adapter = Trainer(config).fit() / "adapter"
+    (metric,) = json.loads((adapter / "adapter.json").read_text())["metrics"]
+    last = json.loads((folder / "costly" / "log.jsonl").read_text().splitlines()[-1])
+    assert (metric["name"], metric["subset"], metric["images"]) == ("psnr_change", "validation", 20)
+    assert metric["value"] == pytest.approx(last["validation/psnr_change"], rel=1e-4)
+    assert abs(metric["value"]) > 1e-3
+    assert json.loads((folder / "decoder" / "adapter" / "adapter.json").read_text())["metrics"] == []
+    without = autoencoder_config(folder, "blind", task=consistency(lora={"rank": 2}))
+    with pytest.raises(ValueError, match="task.class_weight may cost reconstruction, which needs `validation:` data"):
+        Trainer(without)
 
 
 def test_the_gradient_of_the_consistency_goes_to_the_decoder_alone():

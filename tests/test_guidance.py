@@ -106,7 +106,7 @@ def test_noise_coefficients_of_schedules_and_fractions_of_timesteps():
     assert noise_coefficients(scheduler, 401)[0].item() < between < noise_coefficients(scheduler, 400)[0].item()
     flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     assert [round(value.item(), 3) for value in noise_coefficients(flow, 250)] == [0.75, 0.25]
-    with pytest.raises(ValueError, match="alphas_cumprod, not ScoreSdeVeScheduler"):
+    with pytest.raises(ValueError, match="alphas_cumprod, not ScoreSdeVeScheduler; .* that work: DDIMSched"):
         noise_coefficients(diffusers.ScoreSdeVeScheduler(), 1)
 
 
@@ -233,24 +233,68 @@ def test_guided_samples_of_a_mixture_follow_the_tilted_distribution(name, predic
     assert np.mean(found < -1) == pytest.approx(share, abs=0.04)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_preconditioned_samplers_move_the_clean_latent_as_well(pipe, prediction_type):
-    """What EDM makes of the guided output is what it makes of the plain one, and the shift by Tweedie's formula."""
-    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction_type, sigma_data=0.7)
-    scheduler.set_timesteps(5)
-    latents, output, indices = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), torch.tensor([1])
-    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
-        noised = latents * sigma  # on the sampler's own scale, where signal is 1 and noise is sigma
-        seen = scheduler.precondition_inputs(noised, sigma)
-        guided = pipe.classifier.guided_prediction(lambda _: output, seen, t, scheduler, indices, 2.0, None)
-        plain, moved = (scheduler.precondition_outputs(noised, each, sigma) for each in (output, guided))
+# samplers that read the network's output in ways of their own
+KARRAS = {"sigma_data": 0.7}
+OTHERS = {
+    "edm": diffusers.EDMEulerScheduler(prediction_type="epsilon", **KARRAS),
+    "edm dpm++": diffusers.EDMDPMSolverMultistepScheduler(prediction_type="v_prediction", **KARRAS),
+    "consistency": diffusers.CMStochasticIterativeScheduler(clip_denoised=False, **KARRAS),
+    "ipndm": diffusers.IPNDMScheduler(),
+    "flow": diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+}
 
-        def log_probabilities(x, sigma=sigma):
-            timestep = pipe.classifier.timestep_of(torch.tensor(1.0), sigma)
-            return pipe.classifier.log_probabilities(x / (1 + sigma**2).sqrt(), timestep)
 
-        expected = 2.0 * sigma**2 * log_probability_gradient(log_probabilities, noised, indices)
+class Steps:
+    """The steps of a sampler by its own formulas: signal and noise of its latents, their scale, its clean latents."""
+
+    def __init__(self, name, steps=5):
+        self.name, self.scheduler = name, OTHERS[name]
+        self.scheduler.set_timesteps(steps)
+        if name == "ipndm":
+            self.levels = list(zip(self.scheduler.alphas, self.scheduler.betas, strict=True))
+        elif name == "flow":
+            self.levels = [(1 - t / 1000, t / 1000) for t in self.scheduler.timesteps]  # they are rounded
+        else:
+            self.levels = [(torch.tensor(1.0), sigma) for sigma in self.scheduler.sigmas]
+
+    def __iter__(self):
+        return iter([(t, *level) for t, level in zip(self.scheduler.timesteps, self.levels, strict=False)][1:])
+
+    def seen(self, noised, sigma):
+        return noised if self.name in ("ipndm", "flow") else noised / (sigma**2 + KARRAS["sigma_data"] ** 2).sqrt()
+
+    def denoised(self, noised, output, signal, noise):
+        if self.name == "ipndm":
+            return (
+                signal * noised - noise * output
+            )  # a velocity: its step makes noise of noised * beta + output * alpha
+        if self.name == "flow":
+            return noised - noise * output
+        if self.name == "consistency":
+            skip, out = self.scheduler.get_scalings_for_boundary_condition(noise)
+            return skip * noised + out * output
+        return self.scheduler.precondition_outputs(noised, output, noise)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_samplers_with_formulas_of_their_own_move_the_clean_latent_as_well(pipe, name):
+    """What they make of the guided output is what they make of the plain one, and the shift by Tweedie's formula."""
+    steps, indices = Steps(name), torch.tensor([1])
+    latents, output, largest = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), []
+    for t, signal, noise in steps:
+        noised = latents * (signal**2 + noise**2).sqrt()
+        seen = steps.seen(noised, noise)
+        guided = pipe.classifier.guided_prediction(lambda _: output, seen, t, steps.scheduler, indices, 2.0, None)
+        plain, moved = (steps.denoised(noised, each, signal, noise) for each in (output, guided))
+
+        def log_probabilities(x, signal=signal, noise=noise):
+            timestep = pipe.classifier.timestep_of(signal, noise)
+            return pipe.classifier.log_probabilities(x / (signal**2 + noise**2).sqrt(), timestep)
+
+        expected = 2.0 * noise**2 / signal * log_probability_gradient(log_probabilities, noised, indices)
         torch.testing.assert_close(moved - plain, expected, atol=1e-3, rtol=1e-2)
+        largest.append(expected.abs().max().item())
+    assert max(largest) > 0.1  # the test would see no shift at all
 
 
 # ---- classifiers that never saw noise ----
@@ -284,6 +328,35 @@ def test_both_jacobians_are_exact_for_normal_latents(prediction_type):
 
 
 @pytest.mark.parametrize("jacobian", ["unet", "scaled"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_clean_classifier_knows_the_formulas_of_other_samplers(name, jacobian):
+    """As above, of standard normal latents, whose clean latent is expected at signal * x / (signal**2 + noise**2)."""
+    steps = Steps(name)
+
+    def scores(clean):
+        return torch.stack([clean.flatten(1).sum(dim=1), clean.flatten(1).square().sum(dim=1)], dim=1)
+
+    judge = CleanClassifier(scores, ("a", "b"), jacobian=jacobian)
+    for t, signal, noise in steps:
+        noised = torch.randn(2, 3, 2, 2) * (signal**2 + noise**2).sqrt()
+        scale = steps.seen(torch.ones(()), noise)
+
+        def expectation(x, signal=signal, noise=noise):
+            return signal * x / (signal**2 + noise**2)
+
+        def predict(seen, signal=signal, noise=noise, scale=scale):  # the output that means the expectation
+            x = seen / scale
+            zero, one = (steps.denoised(x, torch.full_like(x, value), signal, noise) for value in (0.0, 1.0))
+            return (expectation(x, signal, noise) - zero) / (one - zero)
+
+        indices = judge.class_indices(["a", "b"])
+        guided = judge.guided_prediction(predict, scale * noised, t, steps.scheduler, indices, 0.5, None)
+        gradient = log_probability_gradient(lambda x: scores(expectation(x)).log_softmax(dim=1), noised, indices)
+        expected = expectation(noised) + 0.5 * noise**2 / signal * gradient
+        torch.testing.assert_close(steps.denoised(noised, guided, signal, noise), expected, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("jacobian", ["unet", "scaled"])
 def test_an_image_classifier_leads_to_its_class_through_the_decoder(pipe, jacobian):
     def brightness(images):
         assert images.shape[1:] == (3, 32, 32)
@@ -307,8 +380,10 @@ def test_a_clean_classifier_is_checked():
 
 # ---- in the pipeline ----
 
+MORE_SCHEDULERS = ["EDMDPMSolverMultistepScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler"]
 
-@pytest.mark.parametrize("name", [each.name for each in KarrasDiffusionSchedulers])
+
+@pytest.mark.parametrize("name", [each.name for each in KarrasDiffusionSchedulers] + MORE_SCHEDULERS)
 def test_every_scheduler_can_be_guided(pipe, name):
     own = pipe.scheduler
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 
 from medisyn import load_pipeline
 from medisyn.config import parse_config
+from medisyn.data.loading import load_images
 from medisyn.guidance import load_classifier
-from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask
+from medisyn.tasks.labelled_rows import held_out_rows
+from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask, fit_temperature, labelled_subset
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
 from tests.training import write_base, write_images
@@ -23,6 +26,9 @@ def folder(tmp_path_factory):
     write_images(folder / "images")
     write_base(folder / "base", kinds=())
     return folder
+
+
+CALIBRATED = {"calibration_fraction": 0.4}  # of eight images of each class
 
 
 def config(folder, run="run", task=(), train=(), data=(), **changes):
@@ -41,9 +47,9 @@ def config(folder, run="run", task=(), train=(), data=(), **changes):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """A run that has learnt to tell the brightnesses apart."""
+    """A run that has learnt to tell the brightnesses apart, by 15 images, and was calibrated on 9 others."""
     train = {"steps": 120, "batch_size": 24, "checkpoint_every": 120, "validate_every": 120}
-    return Trainer(config(folder, "learnt", train=train)).fit()
+    return Trainer(config(folder, "learnt", task=CALIBRATED, train=train)).fit()
 
 
 def test_it_learns_and_is_better_where_there_is_less_noise(run):
@@ -59,12 +65,100 @@ def test_calibration_fits_a_temperature_for_each_noise_level(run):
     report = json.loads((run / "classifier.json").read_text())
     assert report["classes"] == ["0", "1", "2"]
     assert report["images_by_class"] == {"0": 8, "1": 8, "2": 8}
+    assert (report["calibration_images"], report["validation_images"]) == (10, 24)
     assert [row["noise_level"] for row in report["by_noise_level"]] == list(NOISE_LEVELS)
+    assert NOISE_LEVELS[-1] >= 0.95  # guidance acts there as well
     classifier = load_classifier(run)
     assert classifier.config.temperatures == [row["temperature"] for row in report["by_noise_level"]]
     before = [row["calibration_error_before"] for row in report["by_noise_level"]]
     after = [row["calibration_error"] for row in report["by_noise_level"]]
     assert sum(after) < sum(before) + 0.05
+
+
+def test_a_temperature_is_that_of_logits_which_are_too_large():
+    """Probabilities are right at a temperature of 2; nine images that are all told apart do not sharpen much."""
+    logits = 3 * torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    classes = torch.multinomial((logits / 2).softmax(dim=1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    assert fit_temperature(logits, classes, 4000) == pytest.approx(2.0, abs=0.15)
+    right = 3 * torch.eye(3).repeat(12, 1), torch.arange(3).repeat(12)
+    assert 0.4 < fit_temperature(*right, 9) < 1
+    assert fit_temperature(*right, 9) > fit_temperature(*right, 36)
+
+
+def test_images_for_the_temperatures_are_of_patients_that_the_classifier_does_not_learn_from(folder):
+    task = LatentClassifierTask(config(folder, "held", task=CALIBRATED))
+    held = task._other_images["calibration"]
+    assert sorted([*task.images.rows, *held.rows]) == list(range(24)) and len(task) == len(task.images) == 14
+    assert not set(held.column("patient")) & set(task.images.column("patient"))
+    assert min(held.column("kind").count(kind) for kind in range(3)) >= 3
+    other = LatentClassifierTask(config(folder, "held", task=CALIBRATED | {"label_seed": 1}))
+    assert other._other_images["calibration"].rows.tolist() != held.rows.tolist()
+
+
+def test_the_temperatures_do_not_depend_on_validation_images(run, folder, tmp_path):
+    """The same run with wrong labels in the validation data gives the same classifier."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    write_kinds(tmp_path / "images", [(row + 1) % 3 for row in range(24)])
+    wrong = {"source": str(tmp_path / "images"), "caption_column": None, "resolution": 32}
+    temperatures, scores = [], []
+    for name, changes in (("right", {}), ("wrong", {"validation": wrong}), ("none", {"validation": None})):
+        task = LatentClassifierTask(config(folder, name, task=CALIBRATED, **changes))
+        task.classifier.load_state_dict(load_classifier(run).state_dict())
+        task.export(tmp_path / name)
+        temperatures.append(load_classifier(tmp_path / name).config.temperatures)
+        scores.append(json.loads((tmp_path / name / "classifier.json").read_text())["by_noise_level"][0])
+    assert temperatures[0] == temperatures[1] == temperatures[2] == load_classifier(run).config.temperatures
+    assert scores[0]["accuracy"] > 0.9 > 0.1 > scores[1]["accuracy"]
+    assert set(scores[2]) == {"noise_level", "temperature"}
+
+
+def test_too_few_images_leave_the_temperatures_at_one(folder, caplog):
+    run = Trainer(config(folder, "few", task={"calibration_fraction": 0.2}, train={"steps": 1})).fit()
+    assert "the temperatures stay 1: task.calibration_fraction=0.2" in caplog.text
+    classifier = load_classifier(run)
+    assert (classifier.config.temperatures, classifier.temperature(950.0).item()) == ([1.0], 1.0)
+    assert "calibration_images" not in json.loads((run / "classifier.json").read_text())
+
+
+def test_the_record_says_which_labels_were_used(folder):
+    task = {"label_fraction": 0.5, "label_seed": 1, "class_column": "kind"}
+    run = Trainer(config(folder, "labels", task=task, train={"steps": 1})).fit()
+    labelled = labelled_subset(config(folder, "labels", task=task), load_images(str(folder / "images")))[0]
+    for part in ("classifier", "pipeline"):
+        record = read_training_record(run / part)
+        labels = record["labels"]
+        assert labels["hashes"] == sorted(labelled.hashes()) and set(labels["hashes"]) <= set(record["hashes"])
+        assert {name: labels[name] for name in task} == task and labels["classes"] == ["0", "1", "2"]
+        assert labels["group_column"] == "patient"
+
+
+def test_a_classifier_with_fewer_noise_levels_is_as_it_was(run):
+    """Saved before the last level was added: its temperatures hold, the last one up to the end of the schedule."""
+    levels, temperatures = [0.05, 0.2, 0.4, 0.6, 0.8], [1.0, 1.2, 1.4, 1.6, 2.0]
+    classifier = load_classifier(run)
+    classifier.register_to_config(temperature_levels=levels, temperatures=temperatures)
+    classifier.save_pretrained(run / "older")
+    found = load_classifier(run / "older").temperature(torch.tensor([0.0, 500.0, 800.0, 990.0]))[:, 0]
+    assert found.tolist() == pytest.approx([1.0, 1.5, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("classes", "groups", "expected"),
+    [
+        ("a" * 15 + "b" * 30, None, {"a": 3, "b": 6}),
+        ("a" * 14 + "b" * 30, None, {"a": 3, "b": 6}),
+        ("a" * 10 + "b" * 30, None, {}),  # two images are too few
+        ("ab" * 15, [row // 2 for row in range(30)], {"a": 3, "b": 3}),  # patients with both classes
+        ("a" * 15 + "b" * 15, ["x"] * 8 + ["y"] * 22, {}),  # a patient would be too much
+        ("a" * 15 + "b" * 15, [""] * 30, {"a": 3, "b": 3}),  # not known: each a patient of its own
+    ],
+)
+def test_what_is_held_out_is_a_share_of_every_class(classes, groups, expected):
+    rows = held_out_rows(list(classes), groups, 0.2, 0)
+    assert Counter(classes[row] for row in rows) == expected
+    if groups is not None and expected and groups[0] != "":
+        rest = set(range(len(classes))) - set(rows.tolist())
+        assert not {groups[row] for row in rows} & {groups[row] for row in rest}
 
 
 def test_the_base_comes_back_with_its_classifier_and_is_otherwise_as_it_was(run, folder):

@@ -339,12 +339,29 @@ def test_sets_that_do_not_fit_are_named(two_classes):
         "image 2 has no class": {"labels": ["a", "a", None] + ["a"] * 77},
         "real_groups has 1 entries": {"real_groups": ["p"]},
         "2 names for 80": {"names": ["x", "y"]},
-        "'b' has one": alone | {"rules": "confidence:real=0.1"},
+        "there is one of 'b'": alone | {"rules": "confidence:real=0.1"},
+        "'b' has one": {"real_groups": [*range(40), *["p"] * 40], "rules": "confidence:real=0.1"},  # a single patient
         "unknown search 'annoy'": {"search": "annoy"},
         "warn_below must lie in 0..1, not 3": {"warn_below": 3},
     }.items():
         with pytest.raises(ValueError, match=message):
             select(**{"rules": "confidence:0.5"} | two_classes | changes)
+
+
+def test_a_class_of_one_real_image_is_refused_by_confidence_and_warned_of_by_centroid(two_classes):
+    rows = [0, *range(40, 80)]
+    one = {"real_features": two_classes["real_features"][rows], "real_labels": ["a"] + ["b"] * 40}
+    for rules in ("confidence:quantile=0.5", "confidence:0.8", "duplicates:0.95,confidence:0.8"):
+        with pytest.raises(ValueError, match="2 real images or more of each class; there is one of 'a'"):
+            select(**two_classes | one, rules=rules)
+    warned = select(**two_classes | one, rules="centroid:0.5").report["warnings"]
+    assert [each for each in warned if each.startswith("the rule centroid has a single real image of 'a'")]
+    assert not [each for each in select(**two_classes, rules="centroid:0.5").report["warnings"] if "single" in each]
+    table = np.tile([0.9, 0.1], (80, 1))  # probabilities of one's own need no real images
+    select(**two_classes | one, rules="confidence:0.05", probabilities=table, classes=["a", "b"])
+    # A class that no image was asked for may be rare.
+    only_b = {"features": two_classes["features"][40:], "labels": ["b"] * 40}
+    select(**two_classes | one | only_b, rules="confidence:quantile=0.5")
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -485,6 +502,16 @@ def test_the_command(data, tmp_path):
     assert "12 of 90 images" in done.stdout and "CT / nodule: 4 of" in done.stdout
     only = [*arguments, "--rules", "random:4", "--out", str(tmp_path / "only"), "--where", "modality=CT"]
     assert "no real image has the class 'fundus / normal'" in CliRunner().invoke(app, only).stderr
+
+
+def test_the_command_refuses_one_real_image_of_a_class_before_features_are_taken(tmp_path):
+    write_images(tmp_path / "made", 4, 1, pairs=[("CT", "normal"), ("CT", "nodule")])
+    write_images(tmp_path / "real", 1, 2, pairs=[("CT", "normal"), ("CT", "nodule")])
+    arguments = ["select", str(tmp_path / "made"), "--real", str(tmp_path / "real"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)  # no weights of the default extractor are needed for the answer
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert "2 real images or more of each class; there is one of 'nodule', 'normal'" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from typer.testing import CliRunner
 
 from medisyn.adapter_folder import make_manifest
 from medisyn.adapter_training import TRAINED, prepare_adapter, save_adapter
 from medisyn.backbone import add_condition, load_pipeline, model_hash
+from medisyn.cli import app
 from medisyn.conditions import LabelsCondition, get_schema
 from medisyn.config import load_config
 from medisyn.config_parts import DecoderLoraConfig
@@ -20,6 +23,7 @@ from medisyn.data.loading import load_images
 from medisyn.decoder_adapter import add_decoder_lora
 from medisyn.extension import added, extend_labels, extension_parameters
 from medisyn.guidance import attach_classifier
+from medisyn.loading import load_autoencoder
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
 from medisyn.tasks.labelled_rows import UNLABELLED, labelled_rows
 from tests.components import tiny_pipeline
@@ -166,3 +170,24 @@ def test_every_recipe_is_valid_and_names_its_command(recipe):
     if config.task.type in ("latent_classifier", "guided"):  # no label is read that the other does not read
         others = [load_config(SCRIPTS / name).task for name in ("classifier.yaml", "guided.yaml")]
         assert {(task.label_fraction, task.label_seed, task.class_column) for task in others} == {(0.05, 0, "finding")}
+
+
+@pytest.mark.parametrize("start", ["the embedded default", "at random"])
+def test_a_folder_of_images_is_enough_anywhere(start, tmp_path, monkeypatch):
+    """No column, and nothing of the repository in the working directory; the result can teach."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    for index, name in enumerate(("a.png", "b.png", "deeper/c.png")):
+        Image.new("RGB", (40, 40), (60 * index, 90, 30)).save(tmp_path / "mine" / name)
+    overrides = ["data.source=mine", "data.resolution=32", "train.steps=1", "train.batch_size=2"]
+    overrides += ["train.preview_every=0", "train.mixed_precision=no"]
+    if start == "at random":  # the line of the recipe's comments
+        recipe = (SCRIPTS / "pretrain_folder.yaml").read_text()
+        line = next(line for line in recipe.splitlines() if "task.preset=mini" in line)
+        overrides += shlex.split(line.partition("alone:")[2])
+    done = CliRunner().invoke(app, ["train", str(SCRIPTS / "pretrain_folder.yaml"), *overrides])
+    assert done.exit_code == 0, done.output
+    pipe = load_pipeline("runs/unconditional_folder")
+    assert pipe.kinds == (("text",) if start == "the embedded default" else ())
+    ours, default = pipe.vae.state_dict(), load_autoencoder("default").state_dict()
+    assert all(torch.equal(ours[name], default[name]) for name in default)

@@ -31,6 +31,12 @@ GuidanceIntervalOption = Annotated[
     tuple[float, float] | None,
     typer.Option(metavar="LOW HIGH", help="Where guidance is on, from no noise (0) to the most (1)."),
 ]
+ClassifierGuidanceIntervalOption = Annotated[
+    tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="Where that is on, in 0..1.")
+]
+ClassifierGuidanceClipOption = Annotated[
+    float | None, typer.Option(help="Root mean square that it may move a latent by (1); a large number: any.")
+]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME[=WEIGHT]", help="Adapter to load on top: folder, file or Hub name; may be repeated."),
@@ -67,6 +73,12 @@ def check_interval(option: str, interval: tuple[float, float] | None) -> None:
     """Refuse what is not a part of 0..1."""
     if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(f"{option} must be LOW HIGH with 0 <= LOW <= HIGH <= 1, not {interval}")
+
+
+def check_clip(option: str, clip: float | None) -> None:
+    """Refuse what is not a finite number above 0."""
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"{option} must be a number above 0, not {clip}")
 
 
 def parse_adapters(given: Sequence[str] | None) -> dict[str, float]:

@@ -13,11 +13,15 @@ from ..console import quiet_progress_bars
 from .arguments import (
     DEFAULT,
     AdapterOption,
+    ClassifierGuidanceClipOption,
+    ClassifierGuidanceIntervalOption,
     DeviceOption,
     GuidanceOption,
     ModelOption,
     SeedOption,
     StepsOption,
+    check_clip,
+    check_interval,
     check_names,
     load_model,
     parse_adapters,
@@ -76,6 +80,8 @@ def augment(
     classifier_guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Weight of the latent classifier's gradient.")
     ] = None,
+    classifier_guidance_interval: ClassifierGuidanceIntervalOption = None,
+    classifier_guidance_clip: ClassifierGuidanceClipOption = None,
     scheduler: Annotated[str | None, typer.Option(help="Sampler: dpm, ddim, euler, ...; the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images made at once.")] = 8,
     rules: Annotated[
@@ -85,7 +91,8 @@ def augment(
         str, typer.Option(metavar="SPEC", help="Features of selection and probe: inception, timm:NAME@FILE, ...")
     ] = "inception",
     train: Annotated[
-        list[str] | None, typer.Option(metavar="DATA", help="Other images that the model has seen; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="DATA", help="What the model has seen, in place of all of --real; may be repeated."),
     ] = None,
     folds: FoldsOption = 5,
     fold_kind: Annotated[
@@ -118,6 +125,8 @@ def augment(
             check_names(**{name: source})
     if not 0 < label_fraction <= 1:
         raise ValueError(f"--label-fraction must be above 0 and at most 1, not {label_fraction:g}")
+    check_interval("--classifier-guidance-interval", classifier_guidance_interval)
+    check_clip("--classifier-guidance-clip", classifier_guidance_clip)
     filter_, names = parse_where(where or []), split_names("--classes", classes) if classes else []
     chosen = split_names("--regimes", regimes)
     if scheduler is not None:
@@ -127,6 +136,8 @@ def augment(
     sampling: dict[str, Any] = {"num_inference_steps": steps, "scheduler": scheduler, "batch_size": batch_size}
     sampling |= {"guidance_scale": None if guidance is None else parse_guidance(guidance)}
     sampling |= {"classifier_guidance_scale": classifier_guidance}
+    sampling |= {"classifier_guidance_interval": classifier_guidance_interval}
+    sampling |= {"classifier_guidance_clip": classifier_guidance_clip}
     adapters = parse_adapters(adapter)
     classifiers = make_classifiers(classifier, extractor, cnn, cnn_steps, cnn_resolution, cache, device)
     from ..augmentation import augment as run

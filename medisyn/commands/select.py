@@ -1,7 +1,7 @@
 r"""`medisyn select`: a smaller data set from generated images, and a line for each on why it was kept or dropped.
 
 medisyn select outputs/run --real data/labelled --label-column finding \
-    --rules confidence:0.8,centroid:0.5,duplicates:auto --out outputs/selected
+    --rules confidence:quantile=0.5,duplicates:0.95 --out outputs/selected
 """
 
 import sys
@@ -64,7 +64,8 @@ def select(
     """Select generated images by rules; selection.jsonl says of each why it was kept or dropped.
 
     Rules: confidence:0.8, confidence:quantile=0.3, confidence:real=0.1, centroid:0.5, duplicates:0.95,
-    duplicates:auto, covariance:200, diverse:500, random:500. Counts and shares are of each class.
+    duplicates:auto, covariance:200, diverse:500, random:500. Counts and shares are of each class. The default keeps
+    the surer half of each class; a fixed threshold, such as confidence:0.8, may leave a class empty.
     """
     check_names(folder=folder, out=out, label_column=label_column, extractor=extractor, cache=cache, baseline=baseline)
     check_names(real_label_column=real_label_column, group_column=group_column)

@@ -13,7 +13,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -39,12 +39,14 @@ class LabelledImages:
         labels: Class of each.
         groups: Patient of each; an image without one stands for itself.
         has_groups: Whether the patients are known.
+        found: Images of each class in the column, those of classes that were not asked for too.
     """
 
     images: ImageDataset
     labels: tuple[str, ...]
     groups: tuple[Hashable, ...]
     has_groups: bool
+    found: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,11 +59,11 @@ class LabelledImages:
     def select(self, rows: Sequence[int] | np.ndarray) -> "LabelledImages":
         """The images at `rows`, in that order."""
         own = [int(row) for row in rows]
-        part = LabelledImages(
-            self.images.select(own),
-            tuple(self.labels[row] for row in own),
-            tuple(self.groups[row] for row in own),
-            self.has_groups,
+        part = replace(
+            self,
+            images=self.images.select(own),
+            labels=tuple(self.labels[row] for row in own),
+            groups=tuple(self.groups[row] for row in own),
         )
         if "hashes" in self.__dict__:
             part.__dict__["hashes"] = [self.hashes[row] for row in own]
@@ -103,21 +105,34 @@ def open_labelled(
         if not len(images):
             raise ValueError(f"no image passes the filter {dict(filter or {})}")
     labels = ["" if value is None else str(value) for value in images.column(label_column)]
-    wanted = set(classes) or set(labels) - {""}
+    counts = dict(sorted(Counter(label for label in labels if label).items()))
+    wanted = set(classes) or set(counts)
     rows = [row for row, label in enumerate(labels) if label in wanted]
     if not rows:
-        found = ", ".join(sorted(set(labels) - {""})[:30]) or "none"
         asked = f"of the classes {', '.join(classes)}" if classes else "with a class"
-        raise ValueError(f"no image {asked} in the column {label_column!r}; classes there: {found}")
+        raise ValueError(f"no image {asked} in the column {label_column!r}; classes there: {_listed(counts)}")
     images, labels = images.select(rows), [labels[row] for row in rows]
     column = group_column or (GROUP_COLUMN if GROUP_COLUMN in images.column_names else None)
     groups: list[Hashable] = [None] * len(rows) if column is None else images.column(column)
     named = [f"image {row}" if group in (None, "") else ("group", str(group)) for row, group in enumerate(groups)]
-    return LabelledImages(images, tuple(labels), tuple(named), column is not None)
+    return LabelledImages(images, tuple(labels), tuple(named), column is not None, counts)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    """`bright (8), dark (8)`."""
+    return ", ".join(f"{label} ({number})" for label, number in list(counts.items())[:30]) or "none"
 
 
 def check_classes(real: LabelledImages, classes: Sequence[str] = ()) -> tuple[str, ...]:
-    """The classes to tell apart: `classes`, or all. Raises ValueError for fewer than two, or a single image."""
+    """The classes to tell apart: `classes`, or all.
+
+    Raises:
+        ValueError: A class that the column does not have (the message lists all that it has), fewer than two
+            classes, or one with a single image.
+    """
+    for name in classes:
+        if real.found and name not in real.found:
+            raise ValueError(f"class {name!r} has no image in the labelled data; classes there: {_listed(real.found)}")
     return class_names(real.labels, classes, minimum=2)
 
 

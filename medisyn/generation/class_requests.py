@@ -1,7 +1,7 @@
 """Requests for images of given classes, by what a model has: classifier guidance, a label condition, or prompts.
 
-- `class_label` needs a latent classifier in the pipeline, `labels` a field of its schema that has every class,
-  `prompt` a text condition.
+- `class_label` needs a latent classifier of every class in the pipeline, `labels` a field of its schema that has every
+  class, `prompt` a text condition. The first that fits is taken; a classifier of other classes is passed over.
 - Every request has its class in the column of that name, so that the folder can be trained on and selected from.
 
     templates = class_requests(pipe, ["benign", "malignant"], prompt="breast ultrasound image of a {label} lesion")
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..pipelines.medisyn_pipeline import MediSynPipeline
 
 CONDITIONS = ("class_label", "labels", "prompt")
+MOST_VALUES = 12  # of a label field in a message
 
 
 def class_requests(
@@ -34,14 +35,14 @@ def class_requests(
     Args:
         pipe: The model.
         classes: Names of the classes.
-        condition: One of `CONDITIONS`; None: `prompt` if one is given, else the first that the model has.
+        condition: One of `CONDITIONS`; None: `prompt` if one is given, else the first that has all classes.
         label_field: Field of the model's label schema; None: the one that has all classes.
         prompt: Template with `{label}`.
         captions: Captions of real images by class, of which the commonest takes the place of a template.
 
     Raises:
-        ValueError: A condition that the model does not have, a class that it does not know, or a prompt without
-            `{label}`.
+        ValueError: A condition that the model does not have, a class that it does not know (the message lists those
+            that it does), or a prompt without `{label}`.
     """
     found = _known_conditions(pipe, classes, label_field)
     if prompt is not None and "{label}" not in prompt:
@@ -49,18 +50,21 @@ def class_requests(
     if condition is None and prompt is not None:
         condition = "prompt"
     if condition is None and not any(found.values()):
-        raise ValueError(
-            "this model cannot be asked for a class: it has no latent classifier, no label condition and no text "
-            "condition; train one of them first"
-        )
+        raise ValueError(_why_none(pipe, classes))
     chosen = condition or next(name for name in CONDITIONS if found[name])
     choose("condition", chosen, CONDITIONS)
     if chosen == "class_label":
-        _refuse_unknown("the model's latent classifier", classes, found["class_label"])
+        if not found["class_label"]:
+            raise ValueError(
+                _unknown_to_classifier(pipe, classes)
+                or "class labels cannot be used: this model has no latent classifier"
+            )
         return {label: Request(class_label=label) for label in classes}
     if chosen == "labels":
         if not found["labels"]:
-            raise ValueError(f"no label field of this model has all of the classes {', '.join(classes)}")
+            raise ValueError(
+                _unknown_to_labels(pipe, classes) or "labels cannot be used: this model has no label condition"
+            )
         return {label: Request(labels={found["labels"]: label}) for label in classes}
     if "text" not in pipe.kinds:
         raise ValueError("prompts cannot be used: this model has no text condition")
@@ -87,32 +91,69 @@ def condition_of(request: Request) -> str:
 
 
 def _known_conditions(pipe: "MediSynPipeline", classes: Sequence[str], label_field: str | None) -> dict[str, Any]:
-    """Per condition what the model has of it: classes of its classifier, a label field, text; or nothing."""
+    """Per condition what of it has all classes: the classifier, a label field, text (of any words); or nothing."""
     from ..pipelines.medisyn_pipeline import label_field as find_field
 
-    classifier = getattr(pipe, "classifier", None)
-    field = None
-    if "labels" in pipe.kinds and pipe.label_schema is not None:
-        fields = pipe.label_schema["fields"]
-        names = fields if label_field is None else [find_field(pipe.label_schema, label_field)]
-        having = [name for name in names if set(classes) <= {str(value) for value in fields[name].get("values", ())}]
-        field = having[0] if having else None
-        if label_field is not None and field is None:
-            valid = ", ".join(map(str, fields[names[0]].get("values", ())))
+    having = [name for name, values in _label_values(pipe).items() if set(classes) <= set(values)]
+    if label_field is not None and "labels" in pipe.kinds and pipe.label_schema is not None:
+        name = find_field(pipe.label_schema, label_field)
+        if name not in having:
+            valid = ", ".join(_label_values(pipe).get(name, ()))
             raise ValueError(f"label field {label_field!r} does not have all of {', '.join(classes)}; it has: {valid}")
+        having = [name]
     return {
-        "class_label": tuple(classifier.classes) if classifier is not None else (),
-        "labels": field,
+        "class_label": set(classes) <= set(_classifier_classes(pipe)),
+        "labels": having[0] if having else None,
         "prompt": "text" in pipe.kinds,
     }
 
 
-def _refuse_unknown(owner: str, classes: Sequence[str], known: Sequence[str]) -> None:
-    if not known:
-        raise ValueError("class labels cannot be used: this model has no latent classifier")
-    for label in classes:
-        if label not in known:
-            raise ValueError(f"{owner} does not know the class {label!r}; valid: {', '.join(known)}")
+def _classifier_classes(pipe: "MediSynPipeline") -> tuple[str, ...]:
+    classifier = getattr(pipe, "classifier", None)
+    return () if classifier is None else tuple(classifier.classes)
+
+
+def _label_values(pipe: "MediSynPipeline") -> dict[str, tuple[str, ...]]:
+    """The values of each field that the model's label condition has."""
+    if "labels" not in pipe.kinds or pipe.label_schema is None:
+        return {}
+    return {name: tuple(map(str, field.get("values", ()))) for name, field in pipe.label_schema["fields"].items()}
+
+
+def _unknown_to_classifier(pipe: "MediSynPipeline", classes: Sequence[str]) -> str:
+    """Which class the latent classifier does not know; empty where there is none."""
+    known = _classifier_classes(pipe)
+    missing = next((label for label in classes if label not in known), None)
+    if not known or missing is None:
+        return ""
+    return f"the model's latent classifier does not know the class {missing!r}; valid: {', '.join(known)}"
+
+
+def _unknown_to_labels(pipe: "MediSynPipeline", classes: Sequence[str]) -> str:
+    """Which class the label condition does not have, with the values of each field; empty where there is none."""
+    fields = _label_values(pipe)
+    if not fields:
+        return ""
+    every = {value for values in fields.values() for value in values}
+    missing = next((label for label in classes if label not in every), None)
+    what = "all of " + ", ".join(classes) if missing is None else f"the class {missing!r}"
+    listed = "; ".join(f"{name}: {_listed(values)}" for name, values in fields.items())
+    return f"no label field of this model has {what}; its fields: {listed}"
+
+
+def _listed(values: Sequence[str]) -> str:
+    if not values:
+        return "no named values"
+    return ", ".join(values[:MOST_VALUES]) + (", ..." if len(values) > MOST_VALUES else "")
+
+
+def _why_none(pipe: "MediSynPipeline", classes: Sequence[str]) -> str:
+    """Why no class can be asked for: what the model's conditions lack, or that it has none."""
+    reasons = [text for text in (_unknown_to_classifier(pipe, classes), _unknown_to_labels(pipe, classes)) if text]
+    return "; ".join(reasons) or (
+        "this model cannot be asked for a class: it has no latent classifier, no label condition and no text "
+        "condition; train one of them first"
+    )
 
 
 def _commonest_caption(captions: Sequence[str | None], label: str) -> str:

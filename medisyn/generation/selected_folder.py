@@ -9,7 +9,7 @@ Notable choices:
   is refused, and `overwrite` replaces only what a selection made.
 * All images are brought to the size of the generated ones before features are taken, as in `medisyn evaluate`.
 
-    select_folder("outputs/run", "data/labelled", "finding", "confidence:0.8,duplicates:auto", out="outputs/selected")
+    select_folder("outputs/run", "data/labelled", "finding", "confidence:quantile=0.5", out="outputs/selected")
 """
 
 import json
@@ -30,6 +30,7 @@ from .output_folder import METADATA, check_writable
 from .provenance import SOFTWARE, atomic_file, write_json_lines
 from .selection import DEFAULT_RULES, WARN_BELOW, Selection, select
 from .selection_parsing import Rules, parse_rules
+from .selection_rules import check_real_images
 from .selection_search import check_search
 
 AUDIT = "selection.jsonl"
@@ -111,6 +112,7 @@ def select_folder(
     if missing:
         known = ", ".join(sorted(set(real_labels)))
         raise ValueError(f"no real image has the class {missing[0]!r}; classes of the real images: {known}")
+    check_real_images(chain, labels, real_labels)  # before the features, which take the time
     features_of = load_extractor(extractor)
     features_of.resolution = min(images.image(0).size)
     sets, counts = _sets(images, real_images, train, held_out)

@@ -10,11 +10,11 @@ Notable choices:
   images alone, a classifier trained on them changes too. Diversity that falls below it is warned of: over-filtering.
 * The same input gives the same selection.
 
-    selection = select(features, labels, real_features, real_labels, rules="confidence:0.8,diverse:500")
+    selection = select(features, labels, real_features, real_labels, rules="confidence:quantile=0.5,diverse:500")
     selection.kept, selection.report["warnings"]
 
     medisyn select outputs/run --real data/labelled --label-column finding \
-        --rules confidence:0.8,centroid:0.5,duplicates:auto,diverse:500 --out outputs/selected
+        --rules confidence:quantile=0.5,duplicates:0.95,diverse:500 --out outputs/selected
 """
 
 import logging
@@ -29,6 +29,7 @@ from .provenance import write_json_lines
 from .selection_parsing import FORMS, RULES, Rules, parse_rules
 from .selection_pool import Outcome, Pool, Rule
 from .selection_report import compare_diversity, find_warnings, random_selection
+from .selection_rules import check_real_images
 from .selection_search import check_search
 
 __all__ = ["FORMS", "RULES", "Rules", "Selection", "parse_rules", "select"]
@@ -132,7 +133,7 @@ def select(
     alive = np.arange(len(pool.labels))
     preference = np.zeros(len(alive))
     records = _records(pool, names)
-    steps, warnings = [], []
+    steps, warnings = [], check_real_images(chain, pool.labels, pool.real_labels, probabilities is not None)
     for rule in chain:
         outcome = rule.apply(pool, alive, preference)
         _note(records, rule, outcome, alive)

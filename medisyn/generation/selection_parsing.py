@@ -4,7 +4,7 @@
 - YAML where the command line ends: a threshold for each class, names with commas in them.
 - Unknown names and options are errors that list the valid ones.
 
-    parse_rules("confidence:0.8,centroid:0.5,duplicates:0.95,diverse:500")
+    parse_rules("confidence:quantile=0.5,duplicates:0.95,diverse:500")
     parse_rules([{"confidence": {"threshold": {"melanoma": 0.9, "naevus": 0.5}}}, "duplicates:auto"])
 """
 

@@ -13,7 +13,8 @@ Notable choices:
     outcome.dropped       # {index: reason}
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,36 @@ import numpy as np
 from .selection_pool import Amount, Outcome, Pool, Rule, check_amount, count_of, is_number, out_of_fold_confidence
 from .selection_search import SAME_IMAGE, CosineIndex, calibrate_threshold, drop_near_duplicates
 
+LEAST_REAL_IMAGES = 2  # of a class: one image is no distribution
 USELESS_THRESHOLD = SAME_IMAGE - 1e-3  # a cosine that only re-encoded copies reach
+
+
+def check_real_images(
+    rules: Sequence[Rule], labels: Iterable[str], real_labels: Iterable[str], judged: bool = False
+) -> list[str]:
+    """Warnings of rules that judge a class by a single real image.
+
+    Args:
+        rules: Of the selection.
+        labels: Classes of the generated images.
+        real_labels: Classes of the real images.
+        judged: Whether the probabilities are given, so that `confidence` fits no classifier.
+
+    Raises:
+        ValueError: `confidence` would fit a classifier on one image of a class that is asked for.
+    """
+    counts = Counter(map(str, real_labels))
+    single = sorted(label for label in set(map(str, labels)) if counts[label] < LEAST_REAL_IMAGES)
+    if not single:
+        return []
+    names = ", ".join(map(repr, single))
+    if any(isinstance(rule, Confidence) for rule in rules) and not judged:
+        raise ValueError(
+            f"the rule confidence needs {LEAST_REAL_IMAGES} real images or more of each class; there is one of {names}"
+        )
+    if any(isinstance(rule, Centroid) for rule in rules):
+        return [f"the rule centroid has a single real image of {names}: it measures likeness to that image"]
+    return []
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 - The encoder half of a UNet from stock diffusers blocks, then attention pooling (the `EncoderUNetModel` of Dhariwal &
   Nichol 2021). It may have the shape of the guided UNet and start from its weights.
 - It sees latents as the UNet does, and a noise level on the schedule that it was trained with. Levels of any other
-  schedule or sampler are translated by their ratio of noise to signal, so every diffusers scheduler can be guided.
+  schedule or sampler are translated by their ratio of noise to signal. So every diffusers scheduler of images can be
+  guided whose levels are known: those with `alphas_cumprod`, with `use_flow_sigmas`, of EDM, IPNDM, and of consistency
+  models. Not so ScoreSdeVe, KarrasVe, CosineDPMSolver (audio), FlowMatch* and those of discrete tokens.
 - Guidance moves the clean latent that the UNet predicts, by Tweedie's formula; from there follow the noise, the
   velocity and the sample. So one rule serves all prediction types.
 - Gradients are float32 whatever the model's precision, and an image's does not depend on its batch.
@@ -42,6 +44,10 @@ SHAPE = (  # what the encoder half shares with a UNet
     "use_linear_projection only_cross_attention upcast_attention resnet_time_scale_shift downsample_padding "
     "flip_sin_to_cos freq_shift"
 ).split()
+GUIDED = (  # some of the schedulers that can be guided, for a message
+    "DDIMScheduler DDPMScheduler DPMSolverMultistepScheduler EulerDiscreteScheduler HeunDiscreteScheduler "
+    "UniPCMultistepScheduler EDMEulerScheduler"
+).split()
 SCHEDULE = "num_train_timesteps beta_schedule beta_start beta_end trained_betas rescale_betas_zero_snr".split()
 
 
@@ -54,7 +60,8 @@ def noise_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[Tensor
     Of flow-matching schedules 1 - t / T and t / T, of all others sqrt(alpha_bar) and sqrt(1 - alpha_bar) (Ho et al.
     2020, eq. 4), between whole timesteps by the logarithm of their ratio. Samplers whose latents have another scale
     (Euler and its kin) bring them to this one by `scale_model_input`, which must have been called. Those of Karras et
-    al. 2022 (EDM) scale by c_in = 1 / sqrt(sigma**2 + sigma_data**2), so that it is c_in and c_in * sigma.
+    al. 2022 (EDM, consistency models) scale by c_in = 1 / sqrt(sigma**2 + sigma_data**2), so that it is c_in and
+    c_in * sigma. IPNDM counts time from 0 to 1: cos(pi / 2 * t) and sin(pi / 2 * t).
 
     Args:
         scheduler: any diffusers scheduler for epsilon, v, sample or flow prediction.
@@ -68,8 +75,10 @@ def noise_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[Tensor
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         noise = timestep / config.num_train_timesteps
         return 1 - noise, noise
-    if _is_preconditioned(scheduler):
-        sigma = torch.exp(4 * timestep)  # its timesteps are log(sigma) / 4
+    if type(scheduler).__name__ == "IPNDMScheduler":
+        return torch.cos(0.5 * math.pi * timestep), torch.sin(0.5 * math.pi * timestep)
+    if _is_preconditioned(scheduler):  # timesteps are log(sigma) / 4, of consistency models a thousand times that
+        sigma = torch.exp(timestep * (0.004 if _is_consistency(scheduler) else 4.0))
         signal = (sigma.square() + config.sigma_data**2).rsqrt()
         return signal, signal * sigma
     if timestep.ndim == 0 and getattr(scheduler, "step_index", None) is not None:
@@ -78,7 +87,10 @@ def noise_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[Tensor
         if scaled < 1:
             return scaled, (1 - scaled.square()).sqrt()
     if getattr(scheduler, "alphas_cumprod", None) is None:
-        raise ValueError(f"classifier guidance needs a scheduler with alphas_cumprod, not {type(scheduler).__name__}")
+        raise ValueError(
+            f"classifier guidance needs a scheduler with alphas_cumprod, not {type(scheduler).__name__}; among those "
+            f"that work: {', '.join(GUIDED)}"
+        )
     ratios = _log_ratios(scheduler.alphas_cumprod.to(timestep.device))
     place = timestep.clamp(0, len(ratios) - 1)
     low = place.floor().long().clamp(max=len(ratios) - 2)
@@ -148,16 +160,34 @@ def shift_prediction(prediction: Tensor, shift: Tensor, signal: Tensor, noise: T
     return moved.to(prediction.dtype)
 
 
-def prediction_rule(scheduler: Any) -> tuple[str, float]:
-    """The type of prediction that `shift_prediction` knows, and the factor of the shift.
+def prediction_rule(scheduler: Any, signal: Tensor, noise: Tensor) -> tuple[str, Tensor | float]:
+    """The type of prediction that `shift_prediction` knows, and the factor of the shift: 1, or like `noise`.
 
-    Under Karras et al. 2022 a network says clean = c_skip * x + c_out * output with c_out = noise * sigma_data for
-    "epsilon", and its negative, which is a velocity, for "v_prediction".
+    Where a network's output means clean = skip * x + out * output (see `output_scalings`), it moves by shift / out,
+    as a velocity does by -shift / noise.
     """
-    prediction_type = scheduler.config.prediction_type
-    if not _is_preconditioned(scheduler):
-        return prediction_type, 1.0
-    return "v_prediction", (1.0 if prediction_type == "v_prediction" else -1.0) / scheduler.config.sigma_data
+    if _is_preconditioned(scheduler):
+        _, out = output_scalings(scheduler, signal, noise)
+        return "v_prediction", -noise / out
+    if type(scheduler).__name__ == "IPNDMScheduler":
+        return "v_prediction", 1.0
+    return scheduler.config.prediction_type, 1.0
+
+
+def output_scalings(scheduler: Any, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """How Karras et al. 2022 read an output: clean = skip * x + out * output, x being what the network sees.
+
+    Both are like `noise`. Table 1: c_skip = sigma_data**2 / (sigma**2 + sigma_data**2), here divided by c_in, and
+    c_out = sigma * sigma_data * c_in, negative for "v_prediction". Consistency models subtract sigma_min from sigma
+    (Song et al. 2023, appendix C), so that the network leaves a clean image as it is; `out` is kept from 0 there.
+    """
+    data, sigma = scheduler.config.sigma_data, noise / signal
+    if _is_consistency(scheduler):
+        sigma = sigma - scheduler.config.sigma_min
+        out = (sigma * data * signal).clamp(min=SMALLEST)
+    else:
+        out = sigma * data * signal * (-1.0 if scheduler.config.prediction_type == "v_prediction" else 1.0)
+    return data**2 / (sigma.square() + data**2) / signal, out
 
 
 def class_indices(classes: Sequence[str], names: str | Sequence[str | None]) -> Tensor:
@@ -182,7 +212,11 @@ def latent_fingerprint(pipe: Any) -> list[float]:
 
 
 def _is_preconditioned(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("EDM")
+    return type(scheduler).__name__.startswith("EDM") or _is_consistency(scheduler)
+
+
+def _is_consistency(scheduler: Any) -> bool:
+    return type(scheduler).__name__ == "CMStochasticIterativeScheduler"
 
 
 def _columns(values: Tensor, like: Tensor) -> Tensor:
@@ -429,8 +463,10 @@ class MediSynLatentClassifier(ModelMixin, ConfigMixin):
 
         gradient = log_probability_gradient(log_probabilities, sample, class_indices.to(sample.device))
         shift = clean_shift(gradient, signal, noise, scale, clip)
-        prediction_type, factor = prediction_rule(scheduler)
-        return shift_prediction(predict(sample), factor * shift, signal, noise, prediction_type)
+        prediction_type, factor = prediction_rule(scheduler, signal, noise)
+        return shift_prediction(
+            predict(sample), _columns(torch.as_tensor(factor), shift) * shift, signal, noise, prediction_type
+        )
 
     def check_latents(self, pipe: Any) -> None:
         """Raise a ValueError in one line if the pipeline's latents are not those that this classifier knows."""

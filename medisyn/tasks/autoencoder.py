@@ -54,6 +54,10 @@ class AutoencoderTask(TrainingTask):
         self.images, self.validation_images = load_splits(config)
         if self.options.class_weight:
             self._choose_labelled()
+            if self.validation_images is None:
+                raise ValueError(
+                    "task.class_weight may cost reconstruction, which needs `validation:` data to be seen"
+                )
         if config.data.balance_columns:
             self.row_weights = self.images.sampling_weights()
         self._may_flip = self.images.may_flip()
@@ -158,16 +162,20 @@ class AutoencoderTask(TrainingTask):
             parts = zip(reconstruction.split(32), images.split(32), strict=True)
             metrics["perceptual"] = float(np.mean([perceptual(a.to(device), b.to(device)).item() for a, b in parts]))
         if self.consistency is not None and self.options.base is not None:
-            start = load_autoencoder(self.options.base).to(next(self.vae.parameters()).device)
-            before = peak_signal_to_noise_ratio(self._reconstruct(images, start), images).mean().item()
-            metrics["psnr_change"] = metrics["psnr"] - before
-            if metrics["psnr_change"] < -MOST_PSNR_LOST:
-                logger.warning(
-                    "reconstruction fell by %.2f dB, more than %.1f: lower task.class_weight or the learning rate",
-                    -metrics["psnr_change"],
-                    MOST_PSNR_LOST,
-                )
+            metrics["psnr_change"] = self._psnr_change(images, metrics["psnr"])
         return metrics
+
+    def _psnr_change(self, images: Tensor, psnr: float) -> float:
+        """PSNR in dB beside that of `base` on the same images; a loss above `MOST_PSNR_LOST` is warned of."""
+        start = load_autoencoder(self.options.base).to(next(self.vae.parameters()).device)
+        change = psnr - peak_signal_to_noise_ratio(self._reconstruct(images, start), images).mean().item()
+        if change < -MOST_PSNR_LOST:
+            logger.warning(
+                "reconstruction fell by %.2f dB, more than %.1f: lower task.class_weight or the learning rate",
+                -change,
+                MOST_PSNR_LOST,
+            )
+        return change
 
     @torch.no_grad()
     def preview(self) -> Image.Image:
@@ -195,6 +203,14 @@ class AutoencoderTask(TrainingTask):
 
     def _export_adapter(self, folder: Path) -> None:
         own, lora = image_record(self.images), self.options.lora
+        metrics: list[dict[str, Any]] = []
+        if self.consistency is not None:  # its price, which a log alone would hide
+            images = self._stack(
+                self.validation_images, self._spread(self.validation_images, self.config.train.validation_images)
+            )
+            psnr = peak_signal_to_noise_ratio(self._reconstruct(images), images).mean().item()
+            measured: dict[str, Any] = {"subset": "validation", "images": len(images), "real": None, "extractor": None}
+            metrics.append({"name": "psnr_change", "value": self._psnr_change(images, psnr)} | measured)
         manifest = make_manifest(
             Path(self.config.output_dir).resolve().name,
             "lora",
@@ -205,6 +221,7 @@ class AutoencoderTask(TrainingTask):
             alpha=lora.alpha or lora.rank,
             captions=self.images.captions,
             training_data=own["datasets"],
+            metrics=metrics,
         )
         save_adapter(self._base, folder, manifest)
         write_training_record(folder, own)

@@ -3,12 +3,18 @@
 - The labels that count are a share of each class in whole groups (`medisyn.data.subsets`); the class column of every
   other row is not read.
 - The classes are those of a latent classifier, in its order, and each needs labelled images.
+- Which labels were used is written into the training record (`label_record`), so that whoever compares with real
+  images, such as `medisyn augment`, can use the same ones.
 
     rows = labelled_rows(images, classifier.classes, "finding", fraction=0.05, seed=0)  # (N,), -1 where not known
     weights = labelled_weights(rows, np.ones(len(rows)), share=0.25)
 """
 
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +26,7 @@ from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 
 UNLABELLED = -1  # class of a row whose label is not known
+LEAST_HELD_OUT = 3  # images of each class
 
 
 def labelled_rows(
@@ -49,6 +56,51 @@ def labelled_rows(
     found = np.full(len(names), UNLABELLED, dtype=np.int64)
     found[rows] = [classes.index(name) for name in few]
     return found
+
+
+def held_out_rows(classes: Sequence[Any], groups: Sequence[Hashable] | None, fraction: float, seed: int) -> np.ndarray:
+    """Rows to hold out, whole groups with about `fraction` of the images of every class; sorted int64.
+
+    A group is on one side with all of its images, of whatever class. None at all are held out where that would be
+    fewer than `LEAST_HELD_OUT` images of a class, or more than half of one.
+
+    Args:
+        classes: of each row.
+        groups: of each row, such as its patient; None or "" is a row that is a group of its own, as all are if None.
+        fraction: share of each class.
+        seed: chooses the groups.
+    """
+    names = [str(name) for name in classes]
+    members: dict[str, list[int]] = defaultdict(list)
+    for row in range(len(names)):
+        group = None if groups is None else groups[row]
+        members[f"row {row}" if group in (None, "") else f"group {group}"].append(row)
+    order = sorted(members, key=lambda each: hashlib.sha256(f"held out:{seed}:{each}".encode()).digest())
+    counts, held = Counter(names), Counter[str]()
+    chosen: dict[str, list[int]] = {}
+    for name in sorted(counts, key=lambda each: (counts[each], each)):  # the rarest has the least choice
+        wanted = fraction * counts[name]
+        for group in order:
+            after = held[name] + sum(names[row] == name for row in members[group])
+            if group not in chosen and held[name] < after and abs(after - wanted) <= abs(held[name] - wanted):
+                chosen[group] = members[group]
+                held.update(names[row] for row in members[group])
+    enough = all(LEAST_HELD_OUT <= held[name] <= counts[name] / 2 for name in counts)
+    return np.array(sorted(row for rows in chosen.values() for row in rows) if enough else [], dtype=np.int64)
+
+
+def label_record(
+    images: ImageDataset, classes: Sequence[str], class_column: str, fraction: float, seed: int
+) -> dict[str, Any]:
+    """The "labels" of a training record: column, share, seed, classes, and the hashes of the labelled images."""
+    return {
+        "class_column": class_column,
+        "group_column": images.config.group_column,
+        "label_fraction": fraction,
+        "label_seed": seed,
+        "classes": list(classes),
+        "hashes": sorted({found for found in images.hashes() if found}),
+    }
 
 
 def labelled_weights(row_classes: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:

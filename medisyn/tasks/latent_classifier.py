@@ -3,8 +3,10 @@
 - The classifier is the encoder half of the base's UNet with a head of its own. It starts from the UNet's weights,
   which know noised latents at every level from images without labels, or at random.
 - Latents and the noise schedule are the base's; noise is the augmentation, mirror images are another.
-- Loss, accuracy and calibration are reported by noise level. On the validation images a temperature is fitted for each
-  level, so that the size of the gradient means what it says.
+- At the end a temperature is fitted for each noise level, so that the size of the gradient means what it says: on
+  labelled images of other patients, which are held out of the training for it (`calibration_fraction`).
+- Loss, accuracy and calibration error are reported by noise level on the validation images. Nothing is fitted to
+  those, so they stay strangers for later measurements; all labelled images are in the training record.
 - The run ends with `classifier/`, and with `pipeline/`: the base that carries the classifier.
 
     medisyn train scripts/unconditional_to_conditional/classifier.yaml
@@ -13,6 +15,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,13 +46,17 @@ from medisyn.tasks.base import (
     seeded_normal,
     seeded_uniform,
 )
+from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, held_out_rows, label_record
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
 
-NOISE_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8)  # fractions of the training timesteps
-TEMPERATURES = (0.2, 5.0)  # range that is searched
-CALIBRATION_DRAWS = 4  # of noise for each validation image
+NOISE_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fractions of the training timesteps
+TEMPERATURES = (0.2, 5.0)  # range that is searched, in steps of 1 %
+# standard deviation of the normal prior on a log temperature: a handful of images that are all told apart would ask
+# for the steepest gradient of the range
+TEMPERATURE_PRIOR = math.log(2)
+CALIBRATION_DRAWS = 4  # of noise for each image
 CALIBRATION_BINS = 15
 # streams of an item's seed
 _NOISE, _UNIFORMS = range(POSTERIOR + 1, 3)
@@ -68,15 +75,15 @@ class LatentClassifierTask(TrainingTask):
             raise ValueError(f"task.type={config.task.type!r} given to the latent classifier task")
         self.config, self.options = config, config.task
         images, validation = load_splits(config)
-        self.images, self.classes = labelled_subset(config, images)
+        self.labelled, self.classes = labelled_subset(config, images)
+        self.images, self._other_images = self._hold_out()
         self.targets = self._indices(self.images)
-        self._validation_images: ImageDataset | None = None
         if validation is not None:
-            _require_calibration()
+            _require_torchmetrics()
             known = np.array(self._indices(validation)) >= 0
             if not known.any():
                 raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
-            self._validation_images = validation.select(known)
+            self._other_images["validation"] = validation.select(known)
         self.pipe = load_pipeline(self.options.base).to(PartialState().device)
         self.pipe.set_progress_bar_config(disable=True)
         scratch: dict[str, Any] = {}
@@ -96,11 +103,30 @@ class LatentClassifierTask(TrainingTask):
         )
         self.noising = DDPMScheduler.from_config(self.pipe.scheduler.config, clip_sample=False)
         self.latents = self._cache(self.images, "train")
-        self._validation: LatentCache | None = None
+        self._other_latents: dict[str, LatentCache] = {}
         self._may_flip = self.images.may_flip() & config.data.horizontal_flip
         if self.options.balance_classes:
             counts = Counter(self.targets)
             self.row_weights = np.array([1 / counts[target] for target in self.targets])
+
+    def _hold_out(self) -> tuple[ImageDataset, dict[str, ImageDataset]]:
+        """The images to learn from, and those for the temperatures as "calibration" where there are enough."""
+        column, options = self.config.data.group_column, self.options
+        groups = self.labelled.column(column) if column else None
+        held = held_out_rows(
+            self.labelled.column(options.class_column), groups, options.calibration_fraction, options.label_seed
+        )
+        if not len(held):
+            if options.calibration_fraction:
+                logger.warning(
+                    "the temperatures stay 1: task.calibration_fraction=%g of a class are fewer than %d images, or "
+                    "its groups are too large",
+                    options.calibration_fraction,
+                    LEAST_HELD_OUT,
+                )
+            return self.labelled, {}
+        rest = np.setdiff1d(np.arange(len(self.labelled)), held)
+        return self.labelled.select(rest), {"calibration": self.labelled.select(held)}
 
     def _indices(self, images: ImageDataset) -> list[int]:
         """The class of each image as its place in `classes`; -1 for none of them."""
@@ -156,68 +182,71 @@ class LatentClassifierTask(TrainingTask):
         return self.noising.add_noise(latents, noise, timesteps.to(latents.device))
 
     @torch.no_grad()
-    def _validation_logits(self, level: float, count: int, draws: int = 1) -> tuple[Tensor, Tensor]:
-        """Logits (draws x N, K) of validation images spread over the data at a noise level, and their classes."""
-        images = self._validation_images
+    def _logits(self, split: str, level: float, count: int, draws: int = 1) -> tuple[Tensor, Tensor]:
+        """Logits (draws x N, K) at a noise level of images spread over "validation" or "calibration", and classes."""
+        images = self._other_images[split]
         rows = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
-        if self._validation is None:
-            self._validation = self._cache(images, "validation")
-        classes = torch.tensor(self._indices(images))[rows]
+        if split not in self._other_latents:
+            self._other_latents[split] = self._cache(images, split)
+        latents, classes = self._other_latents[split], torch.tensor(self._indices(images))[rows]
         timestep = int(level * self.noising.config.num_train_timesteps)
         logits = []
         for draw in range(draws):
             for part in torch.as_tensor(rows).split(64):
-                batch = self._validation.moments(part.tolist()) | {"seed": part + draw * len(images)}
+                batch = latents.moments(part.tolist()) | {"seed": part + draw * len(images)}
                 timesteps = torch.full((len(part),), timestep)
                 noised = self._noised(batch, timesteps)
                 logits.append(self.classifier(noised, timesteps.to(noised.device)).float().cpu())
         return torch.cat(logits), classes.repeat(draws)
 
     def validate(self, count: int) -> dict[str, float]:
-        """Loss, accuracy and expected calibration error, mean over noise levels and at each."""
-        by_level = {level: _scores(*self._validation_logits(level, count)) for level in NOISE_LEVELS}
+        """Loss, accuracy and expected calibration error at temperature 1, mean over noise levels and at each."""
+        by_level = {level: _scores(*self._logits("validation", level, count)) for level in NOISE_LEVELS}
         means = {name: float(np.mean([scores[name] for scores in by_level.values()])) for name in by_level[0.05]}
         return means | {f"{name}_at_{level}": v for level, scores in by_level.items() for name, v in scores.items()}
 
     def export(self, folder: Path) -> None:
-        """Write `classifier/` with fitted temperatures, `classifier.json` with its scores, and `pipeline/`."""
+        """Write `classifier/` with fitted temperatures, `classifier.json` with its scores, and `pipeline/`.
+
+        The training records of both say which labels were used, see `label_record`.
+        """
         self.classifier.eval()
-        report: dict[str, Any] = {"classes": list(self.classes), "images": len(self.images)}
-        report["images_by_class"] = {name: self.targets.count(i) for i, name in enumerate(self.classes)}
-        if self._validation_images is None:
-            logger.warning("no validation images: the classifier's temperatures stay 1")
-        else:
-            temperatures, report["by_noise_level"] = self._calibrate()
+        options = self.options
+        report: dict[str, Any] = {"classes": list(self.classes), "images": len(self.labelled)}
+        counts = Counter(self._indices(self.labelled))
+        report["images_by_class"] = {name: counts[i] for i, name in enumerate(self.classes)}
+        report |= {f"{split}_images": len(images) for split, images in self._other_images.items()}
+        temperatures = [1.0] * len(NOISE_LEVELS)
+        if "calibration" in self._other_images:
+            count = len(self._other_images["calibration"])
+            found = [self._logits("calibration", level, count, CALIBRATION_DRAWS) for level in NOISE_LEVELS]
+            temperatures = [fit_temperature(logits, classes, count) for logits, classes in found]
             self.classifier.register_to_config(temperature_levels=list(NOISE_LEVELS), temperatures=temperatures)
+        report["by_noise_level"] = [self._measure(*pair) for pair in zip(NOISE_LEVELS, temperatures, strict=True)]
+        labels = label_record(
+            self.labelled, self.classes, options.class_column, options.label_fraction, options.label_seed
+        )
+        report |= {name: labels[name] for name in ("class_column", "label_fraction", "label_seed")}
         self.classifier.save_pretrained(folder / "classifier")
         (folder / "classifier.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        record = image_record(self.images)
-        write_training_record(folder / "classifier", record)
-        source = self.pipe.config.get("_name_or_path") or self.options.base
+        record = image_record(self.labelled)
+        write_training_record(folder / "classifier", record | {"labels": labels})
+        source = self.pipe.config.get("_name_or_path") or options.base
         base = find_training_record(source)
         attach_classifier(self.pipe, MediSynLatentClassifier.from_pretrained(folder / "classifier"))
         self.pipe.save_pretrained(folder / "pipeline")
-        write_training_record(folder / "pipeline", merge_training_records(record, *([base] if base else [])))
+        merged = merge_training_records(record, *([base] if base else []))
+        write_training_record(folder / "pipeline", merged | {"labels": labels})
 
-    def _calibrate(self) -> tuple[list[float], list[dict[str, float]]]:
-        """The temperature of each noise level that fits the validation images best, and the scores with it."""
-        from scipy.optimize import minimize_scalar
-
-        temperatures, scores = [], []
-        for level in NOISE_LEVELS:
-            logits, classes = self._validation_logits(level, len(self._validation_images), CALIBRATION_DRAWS)
-            logits = logits.double()
-
-            def loss(log_temperature: float, logits: Tensor = logits, classes: Tensor = classes) -> float:
-                return F.cross_entropy(logits / np.exp(log_temperature), classes).item()
-
-            found = minimize_scalar(loss, bounds=tuple(np.log(TEMPERATURES)), method="bounded")
-            temperature = round(float(np.exp(found.x)), 4)
-            temperatures.append(temperature)
-            before = _scores(logits, classes)["calibration_error"]
-            scores.append({"noise_level": level, "temperature": temperature, "calibration_error_before": before})
-            scores[-1] |= _scores(logits / temperature, classes)
-        return temperatures, scores
+    def _measure(self, level: float, temperature: float) -> dict[str, float]:
+        """The temperature of a noise level, and the scores with it on all validation images where there are some."""
+        found = {"noise_level": level, "temperature": temperature}
+        if "validation" not in self._other_images:
+            return found
+        count = len(self._other_images["validation"])
+        logits, classes = self._logits("validation", level, count, CALIBRATION_DRAWS)
+        found["calibration_error_before"] = _scores(logits, classes)["calibration_error"]
+        return found | _scores(logits / temperature, classes)
 
 
 def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDataset, tuple[str, ...]]:
@@ -236,13 +265,27 @@ def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDat
     return chosen, class_names(chosen.column(options.class_column), options.classes)
 
 
-def _require_calibration() -> None:
-    """Fail before the training if the calibration at its end could not run."""
+def fit_temperature(logits: Tensor, classes: Tensor, images: int) -> float:
+    """What to divide logits by: most probable by their cross-entropy (Guo et al. 2017, section 4.2) and a prior.
+
+    Args:
+        logits: (N, K), several of an image where it was noised several times.
+        classes: (N,) in [0, K).
+        images: how many there are, for their weight beside the prior.
+    """
+    low, high = map(math.log, TEMPERATURES)
+    logs = torch.arange(low, high, 0.01, dtype=torch.float64)
+    losses = torch.stack([F.cross_entropy(logits.double() / each.exp(), classes) for each in logs])
+    best = (images * losses + 0.5 * (logs / TEMPERATURE_PRIOR).square()).argmin()
+    return round(float(logs[best].exp()), 4)
+
+
+def _require_torchmetrics() -> None:
+    """Fail before the training if the measurement at its end could not run."""
     try:
-        import scipy.optimize  # noqa: F401
         import torchmetrics  # noqa: F401
     except ImportError as error:
-        raise ImportError("calibration needs scipy and torchmetrics: pip install medisyn[eval]") from error
+        raise ImportError("the calibration error needs torchmetrics: pip install medisyn[eval]") from error
 
 
 def _scores(logits: Tensor, classes: Tensor) -> dict[str, float]:

@@ -7,8 +7,9 @@ r"""One page that compares the ways from an unconditional model to a conditional
 - Fréchet distances are those of each class to all its real training images, beside one half of those against the
   other. Diversity is the mean cosine distance between two images of a class. Near copies are images whose cosine
   similarity to a labelled training image is above 0.95.
-- Seconds per image are those of a batch, the fastest of several; `--clock cpu` counts this process alone, on a
-  machine that others use. Images that are there already are not drawn again.
+- Seconds per image are those of a batch, the fastest of several, with adapters fused into the weights, as a run's own
+  `pipeline/` has them; `--clock cpu` counts this process alone, on a machine that others use. Images that are there
+  already are not drawn again.
 - RUN+RUN puts several adapters onto the teacher: a student, and a decoder tuned for class consistency.
 
     python scripts/unconditional_to_conditional/compare.py runs/comparison --classifier runs/classifier \
@@ -46,6 +47,7 @@ from medisyn.evaluation.agreement import LabelledFeatures
 from medisyn.evaluation.fidelity import nearest_training_distance
 from medisyn.generation.output_folder import OutputFolder
 from medisyn.generation.provenance import adapter_hash
+from medisyn.lora import fuse_adapters
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose
 
@@ -288,7 +290,11 @@ def diversity(features: np.ndarray, labels: Sequence[str]) -> float:
 def seconds_per_image(
     pipe: MediSynPipeline, way: Way, name: str, field: str, steps: int, batch_size: int, clock: str
 ) -> float:
-    """Time of one image in a batch, decoding included: the fastest of several batches after a first one."""
+    """Time of one image in a batch, decoding included: the fastest of several batches after a first one.
+
+    Adapters on the pipeline are fused into its weights for good: draw before, since images name their adapters.
+    """
+    fuse_adapters(pipe)
     seconds = []
     for _ in range(1 + TIMED_BATCHES):
         generators = [torch.Generator().manual_seed(number) for number in range(batch_size)]
