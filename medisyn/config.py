@@ -166,7 +166,7 @@ class TrainConfig:
     data: DataConfig
     task: TaskConfig
     validation: DataConfig | None = None  # images that are not trained on, for metrics and previews
-    validation_fraction: Fraction = 0.0  # or hold out this share of data's groups (patients), by data.group_column
+    validation_fraction: Fraction = 0.0  # or hold out this share of data's groups (patients; else images)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
 
@@ -181,8 +181,8 @@ class TrainConfig:
             raise ValueError(
                 f"validation.resolution={self.validation.resolution} is not data.resolution={self.data.resolution}"
             )
-        if self.validation_fraction and (self.validation is not None or self.data.group_column is None):
-            raise ValueError("validation_fraction needs data.group_column, and no `validation:` data beside it")
+        if self.validation_fraction and self.validation is not None:
+            raise ValueError("validation_fraction goes with no `validation:` data beside it")
         if self.train.validate_every and self.validation is None and not self.validation_fraction:
             raise ValueError("train.validate_every is set but there is no `validation:` data")
         task = self.task

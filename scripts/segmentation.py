@@ -1,7 +1,7 @@
 r"""Zero-shot segmentation against masks: one structure, the model's features beside pixels and an encoder's features.
 
 - `--timesteps` or several `--model` scan on the first `--development` images only and take the best; the report is
-  about all images, and about those after the first `--development`.
+  about all images, and about those after the first `--development`. What a model was trained on is left out.
 
     python scripts/segmentation.py "DIR/cxr_lungs/validation-*.parquet" lungs outputs/lungs
     python scripts/segmentation.py "DIR/cxr_lungs/validation-*.parquet" lungs outputs/scan \
@@ -9,6 +9,7 @@ r"""Zero-shot segmentation against masks: one structure, the model's features be
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ import typer
 from PIL import Image
 
 from medisyn.console import one_line_errors
+from medisyn.data.loading import ImageDataset
 from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.inputs import without_overlap
 from medisyn.evaluation.segmentation import MaskedImages, evaluate_segmentation, open_masks, scan
@@ -42,27 +44,36 @@ def main(
     draws: int = Settings.draws,
     seed: int = Settings.seed,
     extractor: Annotated[str | None, typer.Option(help="Encoder of the baseline: timm:MODEL@FILE.")] = None,
-    development: int = 20,
+    development: Annotated[int, typer.Option(min=0, help="First images, on which a scan chooses.")] = 20,
 ) -> None:
     """Write report.json and overlays.png (every third image: the mask in green, the rule in red)."""
-    times, models = [int(text) for text in timesteps.split(",")], list(model or [None])
+    times, models, names = parse_times(timesteps), list(model or [None]), [name or None for name in layers.split(",")]
+    scans = len(times) * len(models) * len(names) > 1
+    if scans and not development:
+        raise ValueError("several timesteps, layers or models need --development 1 or more: images to choose them on")
     settings = Settings(method, prompt or get_rule(rule).prompt, times[0], segments=segments)
     references = get_rule(rule).references if references is None else references
-    settings = replace(settings, references=references, draws=draws, seed=seed, layer=layers.split(",")[0] or None)
+    settings = replace(settings, references=references, draws=draws, seed=seed, layer=names[0])
     pipe = open_model(models[0])
     data = open_masks(masks, image_tensor(pipe, [Image.new("RGB", (8, 8))]).shape[-1])
-    _, overlap = without_overlap(pipe, data.dataset)
+    seen = {name: without_overlap(pipe if name == models[0] else _open(name), data.dataset) for name in models}
+    data = strangers(data, [kept for kept, _ in seen.values()])
     rows: list[dict] = []
-    if len(times) * len(models) * len(layers.split(",")) > 1:
+    if scans:
         first = MaskedImages(data.images[:development], data.masks[:development], data.dataset)
-        names = [name or None for name in layers.split(",")]
         rows = scan(models, first, settings, rule, times, _open, names)
         settings = replace(settings, timestep=rows[0]["timestep"], layer=rows[0]["layer"])
         pipe = open_model(rows[0]["model"])
     pipe = _quiet(pipe)
     encoder = None if extractor is None else load_extractor(extractor)
     report, ruled = evaluate_segmentation(pipe, data, settings, rule, encoder, development)
-    report |= {"data": masks, "seen_in_training": overlap, "encoder": extractor or "the model's own", "scan": rows}
+    used = rows[0]["model"] if rows else models[0]
+    report |= {
+        "data": masks,
+        "seen_in_training": seen[used][1],
+        "encoder": extractor or "the model's own",
+        "scan": rows,
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _overlays(image_tensor(pipe, data.images)[::3], data.masks[::3], ruled["model"][::3]).save(out / "overlays.png")
@@ -80,6 +91,23 @@ def main(
                 for measure in ("dice", "iou")
             ]
             print(f"{part} {name}: rule {values[0]}, {values[1]}; best match {values[2]}, {values[3]}")
+
+
+def parse_times(text: str) -> list[int]:
+    """`"100,300"` as timesteps. Raises ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"--timesteps must be whole numbers of at least 0 joined by commas, not {text!r}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def strangers(data: MaskedImages, kept: Sequence[ImageDataset]) -> MaskedImages:
+    """The images that are, by content, in every one of `kept`: those that none of the models has seen."""
+    known = set.intersection(*(set(images.hashes()) for images in kept))
+    rows = [row for row, content in enumerate(data.dataset.hashes()) if content in known]
+    if not rows:
+        raise ValueError("none of the images is a stranger to all models")
+    return MaskedImages([data.images[row] for row in rows], data.masks[rows], data.dataset.select(rows))
 
 
 def _open(name):

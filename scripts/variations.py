@@ -1,6 +1,6 @@
 r"""Do variations of images stay in their class, and are they no copies? See medisyn/evaluation/variations.py.
 
-python scripts/variations.py runs/dino_conditioned/pipeline outputs/variations --real "DIR/validation-*.parquet" \
+python scripts/variations.py runs/dino_diffusion/diffusion outputs/variations --real "DIR/validation-*.parquet" \
     --train "DIR/train-*.parquet" --extractor timm:tf_efficientnet_lite0@DIR/efficientnet_lite0.pth
 """
 

@@ -42,6 +42,17 @@ def test_overrides_reach_nested_values_and_read_numbers_as_numbers(tmp_path):
     assert config.task.preset == "small"
 
 
+def test_no_is_a_word_where_a_precision_is_meant_and_false_elsewhere(tmp_path):
+    tree = MINIMAL | {"train": {"mixed_precision": "bf16"}}
+    overrides = ["train.mixed_precision=no", "data.horizontal_flip=no"]
+    config = load_config(write(tmp_path, tree), overrides)
+    assert config.train.mixed_precision == "no" and config.data.horizontal_flip is False
+    with pytest.raises(ValueError, match="train.tracker"):
+        load_config(write(tmp_path, tree), ["train.tracker=no"])
+    with pytest.raises(ValueError, match="train.mixed_precision"):
+        load_config(write(tmp_path, tree), ["train.mixed_precision=false"])
+
+
 def test_the_type_selects_the_task_and_the_conditions():
     tree = DIFFUSION | {
         "task": {
@@ -73,7 +84,7 @@ def test_the_type_selects_the_task_and_the_conditions():
         ({"task": {"type": "diffusion"}}, "needs an autoencoder"),
         ({"task": {"type": "diffusion", "preset": None, "base": "x", "vae": "y"}}, "task.vae belongs to a new model"),
         ({"task": {"type": "autoencoder", "preset": None, "base": "x", "pca_images": 9}}, "overwrite the encoder"),
-        ({"validation_fraction": 0.2}, "needs data.group_column"),
+        ({"validation_fraction": 0.2, "validation": {"source": "x"}}, "no `validation:` data beside it"),
         ({"validation": {"source": "x", "resolution": 64}}, "validation.resolution=64"),
         ({"task": {"type": "diffusion", "vae": "v", "conditions": [{"type": "sound"}]}}, "sound"),
         ({"task": {"type": "diffusion", "vae": "v", "conditions": [{"type": "text"}] * 2}}, "twice"),

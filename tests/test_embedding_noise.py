@@ -3,6 +3,7 @@
 python -m pytest tests/test_embedding_noise.py
 """
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -11,11 +12,15 @@ import torch
 from diffusers import DDPMScheduler, StableUnCLIPImg2ImgPipeline
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from typer.testing import CliRunner
 
 from medisyn.backbone import model_hash
+from medisyn.cli import app
 from medisyn.conditions.image import NOISE_CHANNELS, ImageCondition, fit_noise, noise_embeds
 from medisyn.config import ImageConditionConfig, parse_config
+from medisyn.data.cache import module_hash
 from medisyn.data.loading import load_images
+from medisyn.generation.embedding_prior import fit_prior
 from medisyn.generation.manifold_requests import like_requests
 from medisyn.generation.provenance import read_provenance
 from medisyn.generation.synthesize import synthesize
@@ -159,6 +164,27 @@ def test_sampling_takes_a_level_up_to_the_trained_one(noisy, tmp_path):
     assert read_provenance(file)["image_noise_level"] == 0.25
     with pytest.raises(ValueError, match="0..0.0 for this model"):
         tiny_pipeline(("image",))(image=image, image_noise_level=0.1)
+
+
+@needs_pipeline
+def test_a_learned_prior_fits_a_model_with_noise(noisy, tmp_path):
+    vectors = torch.randn(40, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
+    fit_prior(vectors, ["even", "odd"] * 20, module_hash(noisy.image_encoder), "kind", components=(1,)).save(
+        tmp_path / "prior"
+    )
+    noisy.save_pretrained(tmp_path / "model")
+    arguments = ["generate", "--model", tmp_path / "model", "--prior", tmp_path / "prior", "--num-images", 3]
+    arguments += ["--steps", 2, "--device", "cpu", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metadata.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and {line["kind"] for line in lines} == {"even", "odd"}
+    assert all((tmp_path / "out" / line["file_name"]).is_file() for line in lines)
+
+    noisy.register_modules(image_encoder=None)  # then the wiring alone tells the width
+    wide = fit_prior(torch.randn(40, IMAGE_WIDTH + NOISE_CHANNELS), ["a", "b"] * 20, "e", components=(1,))
+    with pytest.raises(ValueError, match=f"width {IMAGE_WIDTH + NOISE_CHANNELS}; this model takes {IMAGE_WIDTH}$"):
+        wide.check_encoder(noisy)
 
 
 @needs_pipeline

@@ -137,6 +137,18 @@ def test_the_pooled_scatter_is_unbiased_and_shrinks_where_images_are_few():
     assert torch.linalg.eigvalsh(within_class_covariance(few, ["a"] * 10)).min() > 0.1
 
 
+def test_two_images_have_a_covariance_that_keeps_their_difference_and_their_variance():
+    pair = torch.from_numpy(np.random.default_rng(2).normal(0, 1, (2, 40)))
+    covariance = within_class_covariance(pair, ["a", "a"])
+    assert torch.linalg.eigvalsh(covariance).min() > 0 and covariance_root(covariance).isfinite().all()
+    along = (pair[0] - pair[1]) / (pair[0] - pair[1]).norm()
+    torch.testing.assert_close(covariance.trace(), ((pair[0] - pair[1]) ** 2).sum() / 2)  # the unbiased variance
+    assert along @ covariance @ along > 0.5 * covariance.trace()
+    # a class of one beside them adds nothing
+    alone = torch.cat([pair, torch.full((1, 40), 7.0).double()])
+    assert torch.linalg.eigvalsh(within_class_covariance(alone, ["a", "a", "b"])).min() > 0
+
+
 def test_a_covariance_of_nothing_is_refused():
     with pytest.raises(ValueError, match="two different images"):
         within_class_covariance(torch.eye(3), ["a", "b", "c"])

@@ -104,6 +104,20 @@ def test_a_vision_transformer_from_a_folder_and_the_pipelines_own_encoder_agree(
     assert by_folder.weights_sha256 == by_pipeline.weights_sha256
 
 
+def test_the_image_encoder_of_a_saved_pipeline_has_its_preprocessing_beside_it(tmp_path, tiny_pipeline, monkeypatch):
+    pipe = tiny_pipeline(kinds=("image",))
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "image_encoder" / "preprocessor_config.json").exists()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    expected = load_extractor("model", pipe)([image])
+    assert torch.allclose(load_extractor(f"dinov2:{tmp_path / 'image_encoder'}")([image]), expected, atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    assert torch.allclose(load_extractor("dinov2:image_encoder")([image]), expected, atol=1e-5)
+    (tmp_path / "feature_extractor").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="cannot load the feature extractor 'image_encoder'"):
+        load_extractor("dinov2:image_encoder")
+
+
 @pytest.mark.parametrize("spec", ["resnet", "timm:", "dinov2:", "clip:ViT-B-32"])
 def test_an_unknown_form_lists_the_valid_ones(spec):
     with pytest.raises(ValueError) as error:

@@ -262,6 +262,14 @@ def test_script_learns_a_prior_from_images(pipe, folder, images, tmp_path):
     assert sorted(line["kind"] for line in lines_of(tmp_path / "out")) == ["0", "1", "2"]
 
 
+def test_command_perturbs_two_images(pipe, folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    likes = ["--like", folder / "00.png", "--like", folder / "01.png"]
+    result = generate(tmp_path / "model", tmp_path / "out", *likes, "--strategy", "perturbation", "--num-images", 2)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(lines_of(tmp_path / "out")) == 2
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +312,20 @@ def test_a_strategy_is_written_as_it_is_read(name):
 def test_data_that_does_not_do(pipe, images):
     with pytest.raises(ValueError, match="the class '[012]' has 4 images.*set neighbours to 3 or less"):
         like_requests(pipe, "mixture:neighbours=4", images, label_column="kind")
-    with pytest.raises(ValueError, match="two or more"):
-        like_requests(pipe, "interpolation", images.select([0]))
+    for strategy in ("interpolation", "interpolation:across=true", "mixture", "mixture:neighbours=1"):
+        with pytest.raises(ValueError, match="^strategy [a-z]*: needs two or more images$"):
+            like_requests(pipe, strategy, images.select([0]))
+    with pytest.raises(
+        ValueError, match="there are 3 images, which leaves no 5 neighbours; set neighbours to 2 or less$"
+    ):
+        like_requests(pipe, "mixture", images.select([0, 1, 2]))
+    lonely = images.select([0, 3, 1])  # the kinds 0, 0 and 1
+    with pytest.raises(
+        ValueError, match="the class '1' has 1 image, which leaves no 1 neighbours; leave out the class$"
+    ):
+        like_requests(pipe, "mixture:neighbours=1", lonely, 3, label_column="kind")
+    with pytest.raises(ValueError, match="the class '1' has 1 image; it needs two or more, or across=true$"):
+        like_requests(pipe, "interpolation", lonely, 3, label_column="kind")
     with pytest.raises(ValueError, match="two different images"):
         like_requests(pipe, "perturbation", images.select([0]))
     with pytest.raises(ValueError, match="no column 'finding'"):

@@ -491,6 +491,74 @@ def test_command_writes_masks_of_the_images_size(tmp_path):
     assert done.exit_code == 0 and not list((tmp_path / "unnamed").glob("*mask*"))
 
 
+def facts_of(folder):
+    return json.loads((folder / "segmentation.json").read_text())
+
+
+def test_command_records_what_acted_and_warns_of_coarse_attention(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")  # its cross-attention has 2 x 2 places
+    Image.effect_noise((32, 32), 80).convert("RGB").save(tmp_path / "a.png")
+    given = [tmp_path / "a.png", "--model", tmp_path / "model", "--prompt", "clear lungs"]
+    always = {"prompt", "timestep", "draws", "seed"}
+    for name, options, own in (
+        ("word", ("--word", "lungs"), set()),
+        ("diffseg", ("--method", "diffseg"), {"method", "threshold"}),
+        ("features", ("--references", 2), {"method", "layer", "segments", "references", "refine"}),
+    ):
+        done = command(*given, *options, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+        facts = facts_of(tmp_path / name)
+        assert set(facts["settings"]) == always | own
+        if name == "features":
+            assert facts["warnings"] == [] and "attention_grid" not in facts and done.stderr == ""
+            assert facts["settings"]["layer"] == "up_blocks.0"
+            continue
+        assert facts["attention_grid"] == [2, 2]
+        (warning,) = facts["warnings"]
+        assert "2 x 2 places, below 16 x 16" in warning and "use --rule" in warning
+        assert done.stderr == f"warning: {warning}\n"
+
+
+def test_fine_attention_is_no_reason_to_warn():
+    segmenter = Segmenter(tiny_pipeline(), Settings(method="diffseg", references=0))
+    segmenter.segments(pictures(1))
+    assert segmenter.grid == (2, 2) and len(segmenter.doubts(1)) == 1
+    segmenter.grid = (16, 16)
+    assert segmenter.doubts(1) == []
+
+
+def test_command_warns_of_few_images_and_of_empty_masks(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / "grey.png")
+    noise = []
+    for index in range(10):
+        noise.append(tmp_path / f"{index}.png")
+        pictures(1, seed=index)[0].save(noise[-1])
+    done = command(*noise[:9], "--model", tmp_path / "model", "--rule", "polyp", "--out", tmp_path / "few")
+    assert done.exit_code == 0, done.output
+    facts = facts_of(tmp_path / "few")
+    assert facts["settings"]["references"] == 0
+    assert any("given images, 9 where the rule 'polyp' wants 10 or more" in one for one in facts["warnings"])
+    assert "warning: segments are fitted on the given images" in done.stderr
+    done = command(*noise, "--model", tmp_path / "model", "--rule", "polyp", "--out", tmp_path / "enough")
+    assert done.exit_code == 0 and "wants 10 or more" not in done.stderr
+    few = Segmenter(tiny_pipeline(), Settings(references=0))
+    assert few.doubts(9, "lungs")[0].endswith("or --references 32") and few.doubts(10, "lungs") == few.doubts(9) == []
+
+    segmenter = Segmenter(tiny_pipeline(), Settings(references=2))
+    masks = torch.zeros(3, SIZE, SIZE, dtype=torch.bool)
+    masks[0, :4], masks[1, 0, :5] = True, True  # 12 %, 0.5 % and nothing
+    (doubt,) = segmenter.doubts(3, "lungs", masks)
+    assert doubt.startswith("nothing convincing was found in 2 of 3 images") and "less than 1%" in doubt
+    assert segmenter.doubts(1, "lungs", masks[:1]) == []
+    # of the whole command: on a plain image every segment is large or touches the border
+    options = ["--rule", "polyp", "--segments", 2, "--references", 2]
+    done = command(tmp_path / "grey.png", "--model", tmp_path / "model", *options, "--out", tmp_path / "empty")
+    assert done.exit_code == 0, done.output
+    facts = facts_of(tmp_path / "empty")
+    assert (facts["images"][0]["share"] < 0.01) == ("nothing convincing was found in 1 of 1 images" in done.stderr)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

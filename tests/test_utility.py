@@ -26,6 +26,7 @@ from medisyn.evaluation.statistics import (
 )
 from medisyn.evaluation.utility import measure_utility
 from medisyn.evaluation.utility_classifier import CnnClassifier, Part, ProbeClassifier, augment
+from medisyn.evaluation.utility_generators import learnt_labels
 from medisyn.evaluation.utility_inputs import draw_labelled, open_labelled, split_folds
 from medisyn.evaluation.utility_strategies import strategy_maker
 from medisyn.generation.embedding_prior import fit_prior
@@ -274,6 +275,48 @@ def test_an_overlap_with_the_test_images_is_refused(data, tmp_path):
         measure(test=None, folds=3, generators=[str(model)])
 
 
+def test_notes_tell_whether_the_generator_has_learnt_from_labels(data, tmp_path):
+    def notes_of(*kinds):
+        model = tmp_path / ("-".join(kinds) or "none")
+        tiny_pipeline(kinds).save_pretrained(model)
+        write_training_record(model, {"hashes": open_labelled(data["real"], "finding").hashes[:5], "datasets": []})
+        options = {"amounts": (9,), "folds": 1, "classifiers": [CNN], "regimes": ["both"], "resamples": 20}
+        report = measure_utility(
+            data["real"], data["test"], strategies={"good": data["good"]}, generators=[str(model)],
+            out=tmp_path / "out", **options,
+        )  # fmt: skip
+        assert report["overlap"]["labelled_images_of_generator"] == 5
+        return (tmp_path / "out" / "utility.md").read_text()
+
+    seen = notes_of("image")
+    assert "Of the labelled images, 5 are; it may have seen others of their data set without labels." in seen
+    assert "has learnt from labelled images" not in seen
+    for kinds in (("text",), ("image", "labels")):
+        taught = notes_of(*kinds)
+        assert "Of the labelled images, 5 are." in taught and "without labels" not in taught
+        assert f"{tmp_path / '-'.join(kinds)} takes text or labels, so it has learnt from labelled images" in taught
+
+
+def test_what_a_generator_has_learnt_is_read_from_its_folder(tmp_path):
+    assert learnt_labels("default") is True
+    assert learnt_labels("owner/not-loaded") is None and learnt_labels(str(tmp_path / "absent")) is None
+    vectors = torch.randn(30, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
+    fit_prior(vectors, list(KINDS) * 10, "e", "finding", components=(1,)).save(tmp_path / "prior")
+    assert learnt_labels(str(tmp_path / "prior")) is True
+    for name, manifest, expected in (
+        ("adapter/adapter.json", {"conditions": ["text", "image"]}, True),
+        ("images/adapter.json", {"conditions": ["image"]}, False),
+        ("old/adapter.json", {}, None),
+        ("pipeline/model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"], "unet": ["d", "U"]}, True),
+        ("plain/model_index.json", {"text_encoder": [None, None], "unet": ["diffusers", "UNet2DModel"]}, False),
+        ("classes/model_index.json", {"id2label": {"0": "tench"}}, True),
+    ):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(manifest))
+        assert learnt_labels(str((tmp_path / name).parent)) is expected, name
+    assert learnt_labels(str(tmp_path)) is True  # a run, with its pipeline and its adapter
+
+
 # ---- the grid -------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +481,8 @@ def test_the_command_of_two_words_leaves_evaluate_as_it_is(data, tmp_path):
         (("--where", "finding"), "--where must be COLUMN=VALUE"),
         (("--strategy", "teleport"), "teleport"),
     ):
-        result = command("evaluate", "utility", "--real", data["real"], *arguments, "--out", tmp_path / "bad")
+        given = () if "--strategy" in arguments else ("--synthetic", f"pool={data['good']}")
+        result = command("evaluate", "utility", "--real", data["real"], *given, *arguments, "--out", tmp_path / "bad")
         assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, (
             result.stderr
         )
@@ -476,6 +520,33 @@ def test_the_command_makes_the_images_of_a_strategy(data, tmp_path):
     lines = (tmp_path / "out" / "pools" / "reconstruction-6-0" / "metadata.jsonl").read_text().splitlines()
     known = set(open_labelled(data["real"], "finding").hashes)
     assert all(set(json.loads(line)["parents"]) <= known for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to compare: give --synthetic or --strategy"),
+        (("--regimes", "real,both"), "nothing to compare: give --synthetic or --strategy"),
+        (("--strategy", "prior"), "strategy prior needs --prior"),
+        (("--strategy", "prior:label=dark", "--strategy", "sdedit"), "strategy prior needs --prior"),
+        (("--strategy", "mixture", "--prior", "absent"), "--prior is for --strategy prior"),
+    ],
+)
+def test_the_command_tells_what_is_missing_before_it_reads_anything(tmp_path, arguments, message):
+    """Neither the model nor the data exist, which would be told otherwise."""
+    model = ("--model", tmp_path / "absent") if "--strategy" in arguments else ()
+    result = command("evaluate", "utility", "--real", tmp_path / "none", *arguments, *model, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_a_maker_of_a_prior_needs_one_of_its_own_encoder():
+    pipe = tiny_pipeline(("image",))
+    with pytest.raises(ValueError, match="strategy prior needs a learned prior"):
+        strategy_maker(pipe, "prior", "finding")
+    vectors = torch.randn(30, IMAGE_WIDTH, generator=torch.Generator().manual_seed(0))
+    other = fit_prior(vectors, list(KINDS) * 10, "another", "finding", components=(1,))
+    with pytest.raises(ValueError, match="of the image encoder another"):
+        strategy_maker(pipe, "prior", "finding", prior=other)
 
 
 def test_the_command_refuses_a_prior_that_has_learnt_from_test_images(data, tmp_path):

@@ -1,12 +1,14 @@
 """`medisyn segment`: masks and overlays of real images, by a model that has never seen a mask.
 
 - `--rule` names the structure among the segments, `--word` asks where a word of the prompt acts, neither leaves the
-  segments unnamed. Files have the size of the image; what the model's square does not reach is outside of every mask.
+  segments unnamed. What speaks against the masks is a warning, and in segmentation.json.
+- Files have the size of the image; what the model's square does not reach is outside of every mask.
 
     medisyn segment chest.png --rule lungs --out outputs/lungs
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,8 @@ from .arguments import AdapterOption, DeviceOption, ModelOption, check_names, lo
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 NO_SEGMENT = 255  # in a file of segments: outside of the square that the model saw
 
@@ -30,7 +34,9 @@ def segment(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Output folder.")],
     rule: Annotated[str | None, typer.Option(help="What the segments are to name: lungs, polyp.")] = None,
-    word: Annotated[str | None, typer.Option(help="A word of the prompt: where it acts.")] = None,
+    word: Annotated[
+        str | None, typer.Option(help="A word of the prompt: where it acts; for models with fine attention.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What the images show; by default a caption that fits the rule or the word.")
     ] = None,
@@ -62,6 +68,7 @@ def segment(
 
     from ..segmentation import Segmenter, Settings
     from ..segmentation.rules import get_rule
+    from ..segmentation.words import SHARE_OF_MAXIMUM
 
     if rule is not None and references is None:
         references = get_rule(rule).references
@@ -74,14 +81,20 @@ def segment(
         prompt = _default_prompt(rule, word)
     settings = Settings(method=method, prompt=prompt, seed=seed, **options)
     segmenter = Segmenter(pipe, settings)
-    facts: dict[str, Any] = {"model": model_name(model), "settings": vars(settings) | {"layer": segmenter.layer}}
+    used = settings.used(word is not None)
+    used |= {"layer": segmenter.layer} if "layer" in used else {}
+    facts: dict[str, Any] = {"model": model_name(model), "settings": used}
     if word is not None:
         numbers, masks = None, segmenter.word_masks(pictures, word)
-        facts["word"] = word
+        facts |= {"word": word, "share_of_maximum": SHARE_OF_MAXIMUM}
     else:
         numbers = segmenter.segments(pictures)
         masks = None if rule is None else segmenter.name(numbers, segmenter.pixels(pictures), rule)
         facts |= {} if rule is None else {"rule": rule}
+    facts |= {} if segmenter.grid is None else {"attention_grid": list(segmenter.grid)}
+    facts["warnings"] = segmenter.doubts(len(pictures), rule, masks)
+    for doubt in facts["warnings"]:
+        logger.warning("%s", doubt)
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,9 +112,7 @@ def segment(
         rows.append(row)
     text = json.dumps(facts | {"images": rows}, indent=2, ensure_ascii=False)
     (folder / "segmentation.json").write_text(text + "\n", encoding="utf-8")
-    empty = 0 if masks is None else int((~masks.flatten(1).any(dim=1)).sum())
-    found = f"; nothing was found in {empty}" if empty else ""
-    typer.echo(f"{len(rows)} image{'s' * (len(rows) != 1)}{found}; masks, overlays and segmentation.json are in {out}")
+    typer.echo(f"{len(rows)} image{'s' * (len(rows) != 1)}; masks, overlays and segmentation.json are in {out}")
 
 
 def _file_names(paths: list[str]) -> list[str]:

@@ -127,6 +127,8 @@ def utility(
     The same command again continues where it was stopped. Test images that the classifier or the generator has seen
     are refused.
     """
+    from ..generation.strategies import Prior, parse_strategy
+
     check_names(label_column=label_column, group_column=group_column, model=model, prior=prior, cache=cache, out=out)
     for name, given in (("real", real), ("test", test), ("generator", generator)):
         for source in given or ():
@@ -145,9 +147,16 @@ def utility(
     taken = [spec for spec in specs if spec in pools or specs.count(spec) > 1]
     if taken:
         raise ValueError(f"two strategies are called {taken[0]!r}; give --synthetic another name")
+    if not pools and not specs and set(chosen) - {"real"}:
+        raise ValueError("nothing to compare: give --synthetic or --strategy, or --regimes real")
+    drawn = [spec for spec in specs if isinstance(parse_strategy(spec), Prior)]
     pairs = [parse_pair(text, [*pools, *specs]) for text in compare or ()]
     if (model is not None or adapter or prior or steps or guidance) and not specs:
         raise ValueError("--model, --adapter, --prior, --steps and --guidance are for --strategy; give one")
+    if drawn and prior is None:
+        raise ValueError("strategy prior needs --prior, the folder that scripts/embedding_prior.py wrote")
+    if prior is not None and not drawn:
+        raise ValueError("--prior is for --strategy prior; give it")
     weights = None if guidance is None else parse_guidance(guidance)
     adapters = parse_adapters(adapter)
     classifiers = make_classifiers(classifier, extractor, cnn, cnn_steps, cnn_resolution, cache, device)
@@ -174,7 +183,7 @@ def utility(
             **settings,
         }
         for spec in specs:
-            own = learned if spec.partition(":")[0] == "prior" else None
+            own = learned if spec in drawn else None
             makers[spec] = strategy_maker(pipe, spec, label_column, prior=own, **shared)
         makes += [model or DEFAULT, *adapters, *([prior] if prior else [])]
     measure_utility(

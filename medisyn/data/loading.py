@@ -157,21 +157,24 @@ class ImageDataset:
         part.labels = [self.labels[position] for position in positions]
         return part
 
-    def split_by_group(self, fraction: float, seed: int = 0) -> tuple["ImageDataset", "ImageDataset"]:
+    def split_by_group(
+        self, fraction: float, seed: int = 0, *, by_image: bool = False
+    ) -> "tuple[ImageDataset, ImageDataset]":
         """Split into (rest, held out) so that no group is on both sides.
 
-        A group is held out if the hash of the seed and its name falls into the first `fraction` of the hash range.
-        So the side of a patient never changes when others are added, and `fraction` is met on average over groups. A
-        row without a group goes by its image's content: copies of it stay together.
+        The hash of the seed and a group's name decides: its side never changes when others are added, and `fraction`
+        is met on average over groups. A row without a group (with `by_image` any row) goes by its image's content.
 
         Raises:
-            ValueError: no `group_column` is configured, `fraction` is not in (0, 1), or a side would be empty.
+            ValueError: no `group_column` (nor `by_image`), `fraction` is not in (0, 1), or a side would be empty.
         """
-        if self.config.group_column is None:
+        if (column := self.config.group_column) is None and not by_image:
             raise ValueError(f"splitting needs data.group_column; columns: {', '.join(self.column_names)}")
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1, not {fraction}")
-        groups = self.column(self.config.group_column)
+        groups = self.column(column) if column is not None else [None] * len(self)
+        if column is None:
+            logger.warning("no data.group_column: each image is a group of its own; a patient may be on both sides")
         names = [self.content_hash(i) if group in (None, "") else str(group) for i, group in enumerate(groups)]
         position = {name: _position(f"{seed}:{name}") for name in set(names)}
         held_out = np.array([position[name] < fraction for name in names], dtype=bool)

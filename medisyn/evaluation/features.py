@@ -39,6 +39,7 @@ EXTRACTORS = (
     "timm:MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]",
     "model",
 )
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 IMAGES_PER_SHARD = 1024  # how much work an interrupted run can lose
 
 
@@ -96,8 +97,9 @@ def load_extractor(
 
     Args:
         spec: One of `EXTRACTORS`. `inception` is the network of the published FID numbers (torch-fidelity's port,
-            downloaded once unless a file is given), `dinov2` any vision encoder of transformers, `timm` any timm
-            model with weights from a local file, `model` the image encoder of the pipeline under evaluation.
+            downloaded once unless a file is given), `dinov2` any vision encoder of transformers, also the folder
+            `image_encoder` of a pipeline, `timm` any timm model with weights from a local file, `model` the image
+            encoder of the pipeline under evaluation.
         pipe: The pipeline under evaluation; only `model` needs it.
         resolution: See `FeatureExtractor`.
         device: Defaults to the first GPU, or the CPU.
@@ -230,7 +232,7 @@ def _dinov2(name_or_folder: str):
     from transformers import AutoImageProcessor, AutoModel
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_folder)
+        processor = AutoImageProcessor.from_pretrained(_processor_folder(name_or_folder))
         encoder = AutoModel.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -240,6 +242,15 @@ def _dinov2(name_or_folder: str):
         return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     return _GlobalToken(encoder), transform, _state_sha256(encoder)
+
+
+def _processor_folder(name_or_folder: str) -> str:
+    """Where the preprocessing of an encoder is: beside it, in `feature_extractor/`, where it is part of a pipeline."""
+    folder = Path(name_or_folder)
+    beside = folder.absolute().parent / "feature_extractor"
+    own = any((folder / name).is_file() for name in PROCESSORS)
+    part = folder.is_dir() and not own and any((beside / name).is_file() for name in PROCESSORS)
+    return str(beside) if part else name_or_folder
 
 
 def _inception(weights_file: str | None):

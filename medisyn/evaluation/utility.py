@@ -5,7 +5,7 @@ Notable choices:
 * A grid of (number of real images) x (synthetic images for each real one) x (strategy), in four regimes: real images
   only, synthetic only, both in every batch, and synthetic first, then real.
 * A strategy is a pool of labelled synthetic images (any source), or a function that makes one from the very images
-  that a fold has: then no label is used that the fold does not have.
+  that a fold has: then no label is used that the fold does not have, beside those that the generator learnt from.
 * Folds are by patient. With test images of their own, all folds are asked about these; without, each fold about what
   it holds out. Classifiers of one fold share seed, real images and number of optimizer steps in all regimes.
 * Synthetic images come in the proportions of the fold's classes, so a gain is not one of balance.
@@ -41,6 +41,7 @@ from .utility_cells import (
     synthetic_of,
 )
 from .utility_classifier import Classifier, CnnClassifier, ProbeClassifier
+from .utility_generators import learnt_labels
 from .utility_inputs import (
     LabelledImages,
     check_classes,
@@ -243,6 +244,7 @@ def _keep_apart(
         owners[f"images of strategy {name!r}"] = set(pool.hashes)
         owners[f"parents of strategy {name!r}"] = parent_hashes(pool)
     facts: dict = {"generators_without_record": unknown, "generators_with_record": len(generators) - len(unknown)}
+    facts["generators_learnt_labels"] = {name: learnt_labels(name) for name in generators}
     facts["labelled_images_of_generator"] = sum(content in seen for content in learn.hashes)
     if asked is None:  # each fold is asked about what the others learn from
         refuse_overlap(learn, find_overlap(learn, owners, None))

@@ -97,6 +97,7 @@ def format_utility(report: Mapping, with_plot: bool = True) -> str:
 def notes(report: Mapping, with_plot: bool = True) -> list[str]:
     """What a reader must know to judge the numbers."""
     settings, overlap = report["settings"], report["overlap"]
+    learnt = overlap["generators_learnt_labels"]
     with_test = report["sources"]["test"] is not None
     folds = settings["folds"]
     comparisons = sum(row["gain"] is not None for row in report["results"])
@@ -139,13 +140,34 @@ def notes(report: Mapping, with_plot: bool = True) -> list[str]:
     if not settings["generators"] and comparisons:
         found.append("LEAKAGE WAS NOT CHECKED against the training images of a generator: none was named.")
     if overlap["generators_with_record"]:
+        others = "" if any(learnt.values()) else "; it may have seen others of their data set"
+        others += " without labels" if others and None not in learnt.values() else ""
         found.append(
             "No test image is among the generator's training images (by content hash). Of the labelled images, "
-            f"{overlap['labelled_images_of_generator']} are; it may have seen others of their data set without labels."
+            f"{overlap['labelled_images_of_generator']} are{others}."
+        )
+    if any(learnt.values()):
+        names = ", ".join(name for name, has in learnt.items() if has)
+        found.append(
+            f"{names} takes text or labels, so it has learnt from labelled images, perhaps from more of this data set "
+            "than a fold has: what the synthetic images gain, those labels gain too."
         )
     if overlap["left_out"]:
         found.append(f"{overlap['left_out']} test images were no strangers and were left out.")
     return found if with_plot else [*found, NO_PLOT]
+
+
+def summary_table(report: Mapping) -> str:
+    """The scores of every cell, with the gain over real images only and the p of its paired bootstrap, as Markdown."""
+    results = report["results"]
+    shown = {name: title for name, title in SHOWN.items() if all(name in row["scores"] for row in results)}
+
+    def cell(row: Mapping, name: str) -> str:
+        value, gain = f"{row['scores'][name]['value']:.3f}", (row["gain"] or {}).get(name)
+        return value if gain is None else f"{value} ({gain['gain']:+.3f}, p {_p(gain['p'])})"
+
+    header = ["classifier", "real", "regime", "strategy", "ratio", "synthetic", *shown.values()]
+    return markdown_table(header, [_place(row) + [cell(row, name) for name in shown] for row in results])
 
 
 def flat_rows(report: Mapping) -> list[dict[str, Any]]:

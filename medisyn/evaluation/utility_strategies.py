@@ -43,14 +43,18 @@ def strategy_maker(
         settings: Further arguments of `synthesize`, such as `num_inference_steps`.
 
     Raises:
-        ValueError: An unknown strategy, or one that this model cannot follow.
+        ValueError: An unknown strategy, one that this model cannot follow, or no learned prior of its embeddings.
     """
     from ..generation.manifold_requests import check_condition, like_requests
-    from ..generation.strategies import parse_strategy
+    from ..generation.strategies import Prior, parse_strategy
     from ..generation.synthesize import synthesize
 
     parsed = parse_strategy(strategy)
     check_condition(pipe, parsed)
+    if isinstance(parsed, Prior):
+        if prior is None:
+            raise ValueError("strategy prior needs a learned prior: the folder that scripts/embedding_prior.py wrote")
+        prior.check_encoder(pipe)
 
     def make(real: LabelledImages, wanted: Mapping[str, int], folder: Path, seed: int) -> LabelledImages:
         images = None if parsed.name == "prior" else real.images

@@ -127,8 +127,11 @@ class EmbeddingPrior:
             ValueError: Names both.
         """
         from ..data.cache import module_hash
+        from ..pipelines.medisyn_pipeline import NOISE_CHANNELS
 
         width = pipe.embeds_width("image")
+        if width is not None and pipe.config.get("image_noise"):
+            width -= NOISE_CHANNELS  # the pipeline itself adds the level of noise behind what is drawn
         if pipe.config.image_tokens == "patch":
             raise ValueError("the prior draws one global token per image, and this model takes patch tokens")
         found = self.encoder if pipe.image_encoder is None else module_hash(pipe.image_encoder)

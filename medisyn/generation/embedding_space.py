@@ -104,7 +104,8 @@ def within_class_covariance(embeddings: Tensor, classes: Sequence[Hashable]) -> 
 
     `(1 - s) S + s (tr S / D) I` with the scatter S pooled over the classes (divisor N - number of classes) and the
     shrinkage s of Ledoit & Wolf (2004, "A well-conditioned estimator for large-dimensional covariance matrices",
-    eq. 14), which scikit-learn estimates from the residuals.
+    eq. 14), which scikit-learn estimates from the residuals. It is 1 / N at least, below
+    that of normal vectors: the estimate is 0 for two images, whose opposite residuals seem to have no sampling error.
 
     Args:
         embeddings: One row per image.
@@ -115,7 +116,7 @@ def within_class_covariance(embeddings: Tensor, classes: Sequence[Hashable]) -> 
         ImportError: scikit-learn is missing.
     """
     try:
-        from sklearn.covariance import ledoit_wolf
+        from sklearn.covariance import empirical_covariance, ledoit_wolf, shrunk_covariance
     except ImportError as error:
         raise ImportError("a covariance needs scikit-learn: pip install medisyn[eval]") from error
 
@@ -128,7 +129,10 @@ def within_class_covariance(embeddings: Tensor, classes: Sequence[Hashable]) -> 
     freedom = len(values) - len(names)
     if freedom < 1 or not bool(residuals.abs().max() > 0):
         raise ValueError("a covariance within classes needs two different images of at least one class")
-    covariance, _ = ledoit_wolf(residuals.numpy(), assume_centered=True)
+    covariance, shrinkage = ledoit_wolf(residuals.numpy(), assume_centered=True)
+    least = 1 / len(values)
+    if shrinkage < least:
+        covariance = shrunk_covariance(empirical_covariance(residuals.numpy(), assume_centered=True), least)
     return torch.from_numpy(np.asarray(covariance)) * (len(values) / freedom)
 
 

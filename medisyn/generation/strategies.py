@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..data.loading import ImageDataset
 
 LabelRule: TypeAlias = Literal["inherited", "mixed", "majority", "requested"]
+NEEDS_TWO = "needs two or more images"
 
 
 # ---- what there is to work with -------------------------------------------------------------------------------------
@@ -86,8 +87,10 @@ class Parents:
         return covariance_root(within_class_covariance(self.vectors, self.labels))
 
     def of_class(self, row: int) -> str:
-        """Words for messages."""
-        return "the images" if self.labels[row] is None else f"the class {self.labels[row]!r}"
+        """Words for messages: `the class 'normal' has 4 images`."""
+        label, count = self.labels[row], len(self._members[self.labels[row]])
+        whose = "there are" if label is None else f"the class {label!r} has"
+        return f"{whose} {count} image{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,8 @@ class Interpolation(Strategy):
         from . import embedding_space
 
         partners = [other for other in range(len(parents)) if other != row] if self.across else parents.classmates(row)
-        self._require(
-            bool(partners),
-            f"{parents.of_class(row)} must be two or more" + ("" if self.across else ", or across=true"),
-        )
+        self._require(len(parents) > 1, NEEDS_TWO)
+        self._require(bool(partners), f"{parents.of_class(row)}; it needs two or more, or across=true")
         weight = float(rng.random()) if self.weight is None else self.weight
         rows = (row, partners[int(rng.integers(len(partners)))])
         rows = (0, 1) if len(parents) == 2 else rows
@@ -206,11 +207,13 @@ class Mixture(Strategy):
         """Weights are a draw from Dir(concentration, ..., concentration)."""
         from .embedding_space import mix, nearest_neighbours
 
+        self._require(len(parents) > 1, NEEDS_TWO)
         classmates = parents.classmates(row)
+        ways = [f"set neighbours to {len(classmates)} or less"] if classmates else []
+        ways += [] if parents.labels[row] is None else ["leave out the class"]
         self._require(
             len(classmates) >= self.neighbours,
-            f"{parents.of_class(row)} has {len(classmates) + 1} images, which leaves no {self.neighbours} neighbours; "
-            f"set neighbours to {max(1, len(classmates))} or less, or leave out the class",
+            f"{parents.of_class(row)}, which leaves no {self.neighbours} neighbours; {', or '.join(ways)}",
         )
         rows = [row, *nearest_neighbours(parents.vectors, row, classmates, self.neighbours)]
         weights = rng.dirichlet([self.concentration] * len(rows)).tolist()

@@ -11,7 +11,7 @@
     maps[0].weights     # (B, queries, keys), each row sums to 1
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 Kind = Literal["self", "cross"]
+FINE = 16  # places along a side from which on attention draws the outline of an organ
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class AttentionMap:
     kind: Kind
     size: tuple[int, int]
     weights: Tensor
+
+
+def finest_grid(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The one of (height, width) with the most places; at least one is needed."""
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 @contextmanager

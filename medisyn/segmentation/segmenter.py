@@ -13,6 +13,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,18 +21,16 @@ from torch import Tensor
 
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 
-from .attention import record_attention
+from .attention import FINE, finest_grid, record_attention
 from .clusters import Clusters, assign, fit_clusters
 from .diffseg import diffseg
 from .probing import Probe, encode_images, image_tensor, run_unet, unet_features
-from .rules import choose, describe, get_rule, name_segments
-from .words import SHARE_OF_MAXIMUM, word_maps
+from .rules import SMALLEST, choose, describe, get_rule, name_segments
+from .words import SHARE_OF_MAXIMUM, word_attention
 
 METHODS = ("features", "diffseg")
-DRAWING_STEPS, DRAWING_GUIDANCE = (
-    10,
-    2.0,
-)  # of the images that clusters are fitted on: plain ones will do
+DRAWING_STEPS, DRAWING_GUIDANCE = 10, 2.0  # of the images that clusters are fitted on: plain ones will do
+FEWEST_IMAGES = 10  # below, clusters that are fitted on them follow what the few happen to show
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,14 @@ class Settings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
+    def used(self, word: bool = False) -> dict[str, Any]:
+        """The settings that act on segments, or on the mask of a word, by name."""
+        always = ("prompt", "timestep", "draws", "seed")
+        features, diffseg = ("layer", "segments", "references", "refine"), ("threshold",)
+        own: tuple[str, ...] = ("method", *(features if self.method == "features" else diffseg))
+        names = (*(() if word else own), *always)
+        return {name: getattr(self, name) for name in names}
+
 
 def default_layer(pipe: MediSynPipeline) -> str:
     """The last decoder block but one: its map has the latents' resolution and still says what, not how bright."""
@@ -84,6 +91,7 @@ class Segmenter:
 
     Attributes:
         named: Rule -> the numbers of the clusters that it chose, for clusters that were fitted on drawn images.
+        grid: (height, width) of the finest attention that masks or segments were read from; None: they were not.
     """
 
     def __init__(self, pipe: MediSynPipeline, settings: Settings) -> None:
@@ -91,6 +99,7 @@ class Segmenter:
         self.probe = Probe(settings.timestep, settings.prompt, settings.seed, settings.draws)
         self.layer = settings.layer or default_layer(pipe)
         self.named: dict[str, list[int]] = {}
+        self.grid: tuple[int, int] | None = None
         self._clusters: Clusters | None = None
         self._reference: tuple[Tensor, Tensor] | None = None  # segments and pixels of the drawn images
 
@@ -134,7 +143,39 @@ class Segmenter:
     def word_masks(self, images: Sequence[Image.Image], word: str, share: float = SHARE_OF_MAXIMUM) -> Tensor:
         """Masks (B, S, S) bool of where a word of the prompt acts: above `share` of the image's maximum."""
         latents, pixels = encode_images(self.pipe, images), image_tensor(self.pipe, images)
-        return word_maps(self.pipe, latents, self.probe, word, (pixels.shape[-2], pixels.shape[-1])) > share
+        size = (pixels.shape[-2], pixels.shape[-1])
+        maps, self.grid = word_attention(self.pipe, latents, self.probe, word, size)
+        return maps > share
+
+    def doubts(self, images: int, rule: str | None = None, masks: Tensor | None = None) -> list[str]:
+        """What speaks against the segments or masks of the last call, in words; nothing where all is well.
+
+        Args:
+            images: How many there were.
+            rule: What named the segments, if anything did.
+            masks: (B, S, S) bool, its masks.
+        """
+        found = []
+        if self.grid is not None and min(self.grid) < FINE:
+            found.append(
+                f"the finest attention of this model that was read has {self.grid[0]} x {self.grid[1]} places, below "
+                f"{FINE} x {FINE}: its masks show little; use --rule with --method features"
+            )
+        fitted = self.settings.method == "features" and not self.settings.references
+        if rule is not None and fitted and images < FEWEST_IMAGES:
+            drawn = get_rule(rule).references  # 0 where drawn images are too unlike real ones
+            found.append(
+                f"segments are fitted on the given images, {images} where the rule {rule!r} wants {FEWEST_IMAGES} or "
+                "more: give more that show the same" + (f", or --references {drawn}" if drawn else "")
+            )
+        if rule is not None and masks is not None:
+            small = int((masks.flatten(1).float().mean(dim=1) < SMALLEST).sum())
+            if small:
+                found.append(
+                    f"nothing convincing was found in {small} of {images} images: their masks of the rule {rule!r} "
+                    f"cover less than {SMALLEST:.0%}"
+                )
+        return found
 
     def _attention_segments(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         segments = []
@@ -142,6 +183,7 @@ class Segmenter:
             with record_attention(self.pipe.unet, (latents.shape[-2], latents.shape[-1]), kinds=("self",)) as maps:
                 for _ in run_unet(self.pipe, latent[None], self.probe):
                     pass
+            self.grid = finest_grid(one.size for one in maps)
             segments.append(diffseg([(one.size, one.weights[0]) for one in maps], size, self.settings.threshold))
         return torch.stack(segments)
 

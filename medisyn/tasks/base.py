@@ -105,10 +105,13 @@ class TrainingTask(nn.Module):
 
 
 def load_splits(config: TrainConfig) -> tuple[ImageDataset, ImageDataset | None]:
-    """Training and validation images: two data sets, or one with `validation_fraction` of the groups held out."""
+    """Training and validation images: two data sets, or one with `validation_fraction` of the groups held out.
+
+    Without `data.group_column` each image is a group of its own, with a warning.
+    """
     images = load_readable(config.data)
     if config.validation_fraction:
-        return images.split_by_group(config.validation_fraction)
+        return images.split_by_group(config.validation_fraction, by_image=True)
     return images, None if config.validation is None else load_readable(config.validation)
 
 

@@ -8,7 +8,7 @@
 - Progress is the k-NN accuracy of the teacher's global token: validation images against training images, by a column
   that training never reads.
 
-    medisyn train scripts/embedded_default/dino.yaml data.source=FOLDER validation.source=OTHER
+    medisyn train scripts/dino_diffusion/dino.yaml data.source=FOLDER  # any images
 """
 
 from collections.abc import Iterator, Mapping
