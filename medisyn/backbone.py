@@ -199,7 +199,7 @@ def create_autoencoder(preset: str = "mini") -> Autoencoder:
 
 
 def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
-    names = ("label_schema", "image_tokens", "conditions", "image_noise", "known_words")
+    names = ("label_schema", "image_tokens", "conditions", "image_noise", "known_words", "prompt_labels")
     return {name: pipe.config[name] for name in names if name in pipe.config}
 
 

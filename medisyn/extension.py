@@ -6,7 +6,8 @@
 - All state is on two wrapper modules, `ExtendedLinear` at `unet.class_embedding` and `ExtendedEmbedding` at the text
   encoder's input embedding: the untouched layer under them, a block of weights for each extension by name, and what
   the pipeline was before (settings, tokenizer). With the last block the wrapper goes, and no trace is left.
-- Parameter names gain `original.` (`class_embedding.original.weight`) and `extensions.<name>.weight`.
+- Parameter names gain `original.` (`class_embedding.original.weight`) and `extensions.<name>.weight`. What the
+  pipeline's `save_pretrained` writes has them fused, as by `fuse_extensions`.
 - Extensions mix: the labels of each count by its scale; a word that two have is that of the greater scale. A label
   field that two have is one field, which each reads in its own way.
 - Words are saved in the format of textual inversion. Stock pipelines take one word at a time:

@@ -4,6 +4,8 @@
   LoRA of the decoder (`medisyn.decoder_adapter`).
 - It belongs to one base, by hash: on another one it is refused. Several mix by weight; `unload_adapters` gives the
   base back bit for bit, `fuse_adapters` makes the mixture the new base.
+- The pipeline's own `set_adapters`, `unload_lora_weights` and the like come here when it has adapters, so what it
+  remembers is what it draws with; here diffusers' methods are called by their class (`Stock`).
 
     pipe = medisyn.load_pipeline(adapter="adapters/knee-osteoarthritis")
     set_adapters(pipe, ["knee-osteoarthritis"], [0.7])
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin as Stock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,6 +65,7 @@ class _State:
     base_hash: str
     adapters: dict[str, LoadedAdapter]
     originals: dict[str, Tensor]  # the base's values of normalisation parameters that adapters change
+    disabled: dict[str, float] | None = None  # the weights before `disable_adapters`
 
 
 def loaded_adapters(pipe: MediSynPipeline) -> dict[str, LoadedAdapter]:
@@ -101,10 +105,9 @@ def load_adapter(
     name = re.sub(r"[^\w-]+", "_", adapter_name or default_name)  # peft makes it part of module names: no dots
     if name in loaded_adapters(pipe):
         raise ValueError(f"an adapter named {name!r} is loaded already; unload it or choose another adapter_name")
-    under = base_hash(pipe)
     if manifest is not None and not force:
-        _require_base(pipe, under, manifest, str(name_or_dir))
-    state: _State = getattr(pipe, ADAPTERS, None) or _State(under, {}, {})
+        require_base(pipe, manifest, str(name_or_dir))
+    state: _State = getattr(pipe, ADAPTERS, None) or _State(base_hash(pipe), {}, {})
     try:
         if manifest is None:
             load_plain_lora(pipe, folder, name)
@@ -117,7 +120,7 @@ def load_adapter(
             if manifest["method"] == "norm":
                 adapter.differences = _read_differences(pipe, folder)
             elif (folder / LORA_WEIGHTS).is_file():
-                pipe.load_lora_weights(str(folder / LORA_WEIGHTS), adapter_name=name, use_safetensors=True)
+                Stock.load_lora_weights(pipe, str(folder / LORA_WEIGHTS), adapter_name=name, use_safetensors=True)
                 if name not in low_rank_names(pipe):  # diffusers only warns when no key matches
                     raise ValueError(f"{folder / LORA_WEIGHTS} has no weights named 'unet.' or 'text_encoder.'")
             elif name not in decoder_adapters(pipe.vae):
@@ -132,31 +135,45 @@ def load_adapter(
         raise
     state.adapters[name] = adapter
     setattr(pipe, ADAPTERS, state)
-    set_adapters(pipe, list(state.adapters), [each.weight for each in state.adapters.values()])
+    _set_again(pipe)
     return name
 
 
+def record_loras(pipe: MediSynPipeline, swapped: str | None = None) -> None:
+    """Take LoRAs that diffusers put beside a pipeline's adapters among them, with the weight 1.
+
+    Args:
+        pipe: Has adapters.
+        swapped: One of them, if diffusers replaced its weights in place.
+    """
+    state: _State = getattr(pipe, ADAPTERS)
+    for name in sorted(low_rank_names(pipe) - set(state.adapters)):
+        state.adapters[name] = LoadedAdapter("plain", 1.0, low_rank_hash(pipe))
+    if swapped is not None and swapped in state.adapters:
+        state.adapters[swapped].hash = low_rank_hash(pipe)
+    _set_again(pipe)
+
+
 def set_adapters(
-    pipe: MediSynPipeline, names: str | Sequence[str], weights: float | Sequence[float] | None = None
+    pipe: MediSynPipeline, names: str | Sequence[str], weights: float | Sequence[float | None] | None = None
 ) -> None:
     """Use these adapters with these weights (1 each by default), and no others.
 
     Raises:
-        ValueError: A name that is not loaded, or another number of weights than of names.
+        ValueError: A name that is not loaded, another number of weights than of names, or weights by part of the
+            model.
     """
     names = [names] if isinstance(names, str) else list(names)
-    weights = (
-        [1.0 if weights is None else weights] * len(names)
-        if isinstance(weights, (int, float, type(None)))
-        else weights
-    )
+    given = [weights] * len(names) if isinstance(weights, (int, float, Mapping, type(None))) else list(weights)
+    if any(isinstance(weight, Mapping) for weight in given):
+        raise ValueError(f"weights are one number for each adapter, which is recorded with images, not {weights!r}")
     adapters = loaded_adapters(pipe)
     unknown = [name for name in names if name not in adapters]
     if unknown:
         raise ValueError(f"adapter {unknown[0]!r} is not loaded; loaded are: {', '.join(adapters) or 'none'}")
-    if len(weights) != len(names):
-        raise ValueError(f"{len(weights)} weights for {len(names)} adapters")
-    chosen = dict(zip(names, map(float, weights), strict=True))
+    if len(given) != len(names):
+        raise ValueError(f"{len(given)} weights for {len(names)} adapters")
+    chosen = {name: 1.0 if weight is None else float(weight) for name, weight in zip(names, given, strict=True)}
     for name, adapter in adapters.items():
         adapter.weight = chosen.get(name, 0.0)
         extension.scale_extension(pipe, name, adapter.weight)
@@ -164,12 +181,44 @@ def set_adapters(
     present = low_rank_names(pipe)
     low_rank = [name for name, weight in chosen.items() if name in present and weight]
     if low_rank:
-        pipe.enable_lora()
-        pipe.set_adapters(low_rank, [chosen[name] for name in low_rank])
+        Stock.enable_lora(pipe)
+        Stock.set_adapters(pipe, low_rank, [chosen[name] for name in low_rank])
     elif present:
-        pipe.disable_lora()
+        Stock.disable_lora(pipe)
     set_decoder_adapters(pipe.vae, chosen)
-    _mix_norms(pipe)
+    if (state := getattr(pipe, ADAPTERS, None)) is not None:
+        state.disabled = None
+        _mix_norms(pipe)
+
+
+def disable_adapters(pipe: MediSynPipeline) -> None:
+    """Set all adapters to weight 0, until `enable_adapters` or `set_adapters`."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    if state is not None and state.disabled is None:
+        weights = {name: adapter.weight for name, adapter in state.adapters.items()}
+        set_adapters(pipe, list(weights), 0.0)
+        state.disabled = weights
+
+
+def enable_adapters(pipe: MediSynPipeline) -> None:
+    """Give adapters the weights that they had before `disable_adapters`."""
+    state: _State | None = getattr(pipe, ADAPTERS, None)
+    if state is not None and state.disabled is not None:
+        set_adapters(pipe, list(state.disabled), list(state.disabled.values()))
+
+
+def delete_adapters(pipe: MediSynPipeline, names: str | Sequence[str]) -> None:
+    """Take these adapters off and leave the others at their weights. Raises ValueError for one that is not loaded."""
+    names, adapters = [names] if isinstance(names, str) else list(names), loaded_adapters(pipe)
+    unknown = [name for name in names if name not in adapters]
+    if unknown:
+        raise ValueError(f"adapter {unknown[0]!r} is not loaded; loaded are: {', '.join(adapters) or 'none'}")
+    if set(names) == set(adapters):
+        return unload_adapters(pipe)
+    for name in set(names):
+        del adapters[name]
+        _remove_parts(pipe, name)
+    return _set_again(pipe)
 
 
 def unload_adapters(pipe: MediSynPipeline) -> None:
@@ -178,7 +227,7 @@ def unload_adapters(pipe: MediSynPipeline) -> None:
     if state is None:
         return
     if low_rank_names(pipe):
-        pipe.unload_lora_weights()
+        Stock.unload_lora_weights(pipe)
     remove_decoder_adapters(pipe.vae)
     parameters = dict(pipe.unet.named_parameters())
     for name, value in state.originals.items():
@@ -200,7 +249,7 @@ def fuse_adapters(pipe: MediSynPipeline) -> None:
                 part for part in ("unet", "text_encoder") if getattr(getattr(pipe, part), "peft_config", None)
             ]
             pipe.fuse_lora(components=components, adapter_names=active)
-        pipe.unload_lora_weights()
+        Stock.unload_lora_weights(pipe)
     fuse_decoder_adapters(pipe.vae, {name: adapter.weight for name, adapter in state.adapters.items()})
     extension.fuse_extensions(pipe)
     delattr(pipe, ADAPTERS)
@@ -213,13 +262,20 @@ def _remove_parts(pipe: MediSynPipeline, name: str) -> None:
     present = low_rank_names(pipe)
     if present - {name}:
         if name in present:
-            pipe.delete_adapters(name)
+            Stock.delete_adapters(pipe, name)
     elif present:
-        pipe.unload_lora_weights()
+        Stock.unload_lora_weights(pipe)
 
 
-def _require_base(pipe: MediSynPipeline, under: str, manifest: Mapping[str, Any], name: str) -> None:
-    expected = manifest["base_hash"]
+def _set_again(pipe: MediSynPipeline) -> None:
+    """Bring all parts into line with the weights that are recorded."""
+    weights = {name: adapter.weight for name, adapter in loaded_adapters(pipe).items()}
+    set_adapters(pipe, list(weights), list(weights.values()))
+
+
+def require_base(pipe: MediSynPipeline, manifest: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError, with both hashes, for an adapter of another base than a pipeline's."""
+    under, expected = base_hash(pipe), manifest["base_hash"]
     if under == expected:
         return
     source = pipe.config.get("_name_or_path")
@@ -228,8 +284,8 @@ def _require_base(pipe: MediSynPipeline, under: str, manifest: Mapping[str, Any]
         if under == expected:
             return
     raise ValueError(
-        f"adapter {name!r} was trained on {manifest['base_model']} with the hash {expected}; this model has the hash "
-        f"{under}. On another base its effect is undefined"
+        f"adapter {name!r} was trained on {manifest.get('base_model')} with the hash {expected}; this model has the "
+        f"hash {under}. On another base its effect is undefined"
     )
 
 

@@ -16,7 +16,11 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from medisyn.lora import fuse_adapters, load_adapter, set_adapters, unload_adapters
+from medisyn.adapter_folder import make_manifest, write_manifest
+from medisyn.backbone import base_hash, model_hash
+from medisyn.extension import added, save_extension
+from medisyn.generation.provenance import adapter_hash
+from medisyn.lora import fuse_adapters, load_adapter, loaded_adapters, set_adapters, unload_adapters
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from tests.adapters import (
     BOTH,
@@ -36,7 +40,8 @@ from tests.adapters import (
     state_dict,
     two_adapters,
 )
-from tests.test_extension import bert, t5
+from tests.hub import LocalHub
+from tests.test_extension import KNEE, bert, extend, t5, traces
 
 
 @pytest.fixture
@@ -321,6 +326,196 @@ def test_plain_adapters_mix_fuse_and_unload_in_medisyn(tmp_path):
         load_adapter(pipe, tmp_path / name, weight=weight)
     fuse_adapters(pipe)
     assert same(draw(pipe), mixed, atol=1e-3) and not adapted_parts(pipe)
+
+
+# ---- adapters that medisyn keeps account of -------------------------------------------------------------------------
+
+LABELLED = "text+labels"
+OWN = {"prompt": "a mammogram", "labels": "kl_grade=3, gc=1"}  # a word and a field of the adapter
+
+
+@pytest.fixture
+def knee(tmp_path):
+    """An adapter with a LoRA of both parts, a label field and a word."""
+    folder, extended = tmp_path / "knee", build(LABELLED)
+    extend(extended, KNEE, ["mammogram"], "knee")
+    save_extension(extended, folder, "knee")
+    save(add_lora(build(LABELLED)), folder)
+    facts = ("knee", "lora", "tiny", base_hash(build(LABELLED)), ("text", "labels"))
+    write_manifest(folder, make_manifest(*facts, **added(extended, "knee")))
+    return folder
+
+
+@pytest.fixture
+def other(tmp_path):
+    """An adapter of the same base, with a LoRA alone and without `adapter.json`."""
+    return save(add_lora(build(LABELLED), seed=5), tmp_path / "other")
+
+
+def parts_of(pipe):
+    """What a pipeline is made of; diffusers itself leaves facts of the last call and saving and flags of gradients."""
+    found = traces(pipe)
+    weights = [(name, place) for name, place, _ in found["weights"]]
+    configs = [(name, value) for name, value in found["configs"][0] if not name.startswith("_")], found["configs"][1:]
+    return {"weights": weights, "configs": configs} | {name: found[name] for name in ("hash", "modules", "tokens")}
+
+
+def adapted(folder, weight=1.0):
+    pipe = build(LABELLED)
+    load_adapter(pipe, folder, weight=weight)
+    return pipe
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_a_pipeline_saved_with_label_fields_and_words_draws_the_same(knee, weight, tmp_path):
+    pipe = build(LABELLED)
+    before = parts_of(pipe)
+    load_adapter(pipe, knee, weight=weight)
+    expected, on = draw(pipe, **OWN), parts_of(pipe)
+    for _ in range(2):  # the second is saved over the first
+        pipe.save_pretrained(tmp_path / "saved")
+    saved = MediSynPipeline.from_pretrained(tmp_path / "saved")
+    assert same(draw(saved, **OWN), expected) and not adapted_parts(saved)
+    assert saved.label_schema == pipe.label_schema and saved.kinds == pipe.kinds
+    assert type(saved.unet.class_embedding) is torch.nn.Linear
+    assert (
+        parts_of(pipe) == on and same(draw(pipe, **OWN), expected) and loaded_adapters(pipe)["knee"].weight == weight
+    )
+    unload_adapters(pipe)
+    assert parts_of(pipe) == before
+    load_adapter(pipe, knee, weight=weight)
+    fuse_adapters(pipe)
+    assert same(draw(pipe, **OWN), draw(saved, **OWN)), "as if fused first"
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "subfolder"])
+def test_another_base_is_refused_by_diffusers_own_loading(knee, source):
+    pipe = MediSynPipeline(**build(LABELLED).components, label_schema=build(LABELLED).label_schema)
+    pipe.unet.conv_in.weight.data += 0.1
+    before, found = parts_of(pipe), model_hash(pipe)
+    place = {"folder": knee, "file": knee / WEIGHTS, "subfolder": knee.parent}[source]
+    options = {"subfolder": knee.name, "weight_name": WEIGHTS} if source == "subfolder" else {}
+    with pytest.raises(ValueError, match=f"{base_hash(build(LABELLED))}.*{found}"):
+        pipe.load_lora_weights(place, **options)
+    assert parts_of(pipe) == before
+    load_adapter(pipe, knee, force=True)
+    assert adapted_parts(pipe) == BOTH
+
+
+@pytest.mark.parametrize("source", ["folder", "file", "subfolder"])
+def test_what_diffusers_own_loading_leaves_out_is_told(knee, source, log):
+    pipe = build(LABELLED)
+    place = {"folder": knee, "file": knee / WEIGHTS, "subfolder": knee.parent}[source]
+    pipe.load_lora_weights(
+        place, **({"subfolder": knee.name, "weight_name": WEIGHTS} if source == "subfolder" else {})
+    )
+    assert "label fields or words" in log.text and adapted_parts(pipe) == BOTH and not loaded_adapters(pipe)
+    log.clear()
+    adapted(knee)
+    assert "label fields or words" not in log.text, "medisyn's own loading leaves nothing out"
+
+
+def test_adapters_of_the_hub_are_looked_at_as_those_of_folders(knee, other, tmp_path):
+    build(LABELLED).save_pretrained(tmp_path / "model")
+    pipe = build(LABELLED)
+    pipe.unet.conv_in.weight.data += 0.1
+    pipe.save_pretrained(tmp_path / "another")
+    with LocalHub(tmp_path) as hub:
+        hub.add("user/knee", knee)
+        hub.add("user/other", other)
+        result = hub.python(f"""
+            from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+            pipe = MediSynPipeline.from_pretrained({str(tmp_path / "model")!r})
+            pipe.load_lora_weights("user/other", adapter_name="other")
+            print(pipe.get_list_adapters())
+            pipe.load_lora_weights("user/knee", adapter_name="knee")
+            print(pipe.get_list_adapters())
+            pipe = MediSynPipeline.from_pretrained({str(tmp_path / "another")!r})
+            try:
+                pipe.load_lora_weights("user/knee")
+            except ValueError as error:
+                print("refused:", error)
+            """)
+    first, second, refused = result.stdout.splitlines()
+    assert "knee" not in first and "knee" in second, result.stderr
+    assert result.stderr.count("label fields or words") == 1 and "user/knee also brings" in result.stderr
+    assert refused.startswith("refused:") and base_hash(build(LABELLED)) in refused and model_hash(pipe) in refused
+
+
+def test_unloaded_by_diffusers_own_method_an_adapter_leaves_no_trace(knee, other):
+    pipe = build(LABELLED)
+    before = parts_of(pipe)
+    load_adapter(pipe, knee)
+    load_adapter(pipe, other)
+    pipe.unload_lora_weights()
+    assert parts_of(pipe) == before and not loaded_adapters(pipe) and adapter_hash(pipe) is None
+    np.testing.assert_array_equal(draw(pipe), base(LABELLED))
+    load_adapter(pipe, knee)
+    load_adapter(pipe, other)
+    pipe.delete_adapters("knee")
+    assert list(loaded_adapters(pipe)) == ["other"] and "kl_grade" not in pipe.label_schema["fields"]
+    assert same(draw(pipe), draw(adapted(other)))
+    with pytest.raises(ValueError, match="'knee' is not loaded; loaded are: other"):
+        pipe.delete_adapters(["other", "knee"])
+    pipe.delete_adapters(["other"])
+    assert parts_of(pipe) == before and not loaded_adapters(pipe)
+
+
+@pytest.mark.parametrize("weights", [0.5, [0.5]])
+def test_weights_set_by_diffusers_own_method_are_recorded(knee, weights):
+    pipe, expected = adapted(knee), adapted(knee, weight=0.5)
+    full = draw(pipe, **OWN)
+    pipe.set_adapters("knee", weights)
+    assert loaded_adapters(pipe)["knee"].weight == 0.5 and adapter_hash(pipe) == adapter_hash(expected)
+    np.testing.assert_array_equal(draw(pipe, **OWN), draw(expected, **OWN))
+    pipe.set_adapters(["knee"], [None])
+    np.testing.assert_array_equal(draw(pipe, **OWN), full)
+    assert adapter_hash(pipe) == adapter_hash(adapted(knee))
+    with pytest.raises(ValueError, match="one number for each adapter"):
+        pipe.set_adapters("knee", {"unet": 0.5})
+    np.testing.assert_array_equal(draw(pipe, **OWN), full)
+
+
+def test_disabled_by_diffusers_own_method_an_adapter_is_recorded_as_off(knee):
+    pipe = adapted(knee, weight=0.5)
+    on, recorded = draw(pipe, **OWN), adapter_hash(pipe)
+    pipe.disable_lora()
+    pipe.disable_lora()
+    assert adapter_hash(pipe) is None and same(draw(pipe), base(LABELLED))
+    pipe.enable_lora()
+    pipe.enable_lora()
+    assert adapter_hash(pipe) == recorded
+    np.testing.assert_array_equal(draw(pipe, **OWN), on)
+
+
+def test_an_adapter_that_diffusers_puts_beside_others_is_recorded(knee, other):
+    pipe, expected = adapted(knee, weight=0.5), adapted(knee, weight=0.5)
+    load_adapter(expected, other)
+    pipe.load_lora_weights(other, adapter_name="other")
+    assert {name: each.weight for name, each in loaded_adapters(pipe).items()} == {"knee": 0.5, "other": 1.0}
+    assert adapter_hash(pipe) == adapter_hash(expected)
+    np.testing.assert_array_equal(draw(pipe, **OWN), draw(expected, **OWN))
+    pipe.unload_lora_weights()
+    np.testing.assert_array_equal(draw(pipe), base(LABELLED))
+
+
+def test_weights_that_diffusers_swaps_in_place_are_recorded(tmp_path):
+    for seed in (1, 2):
+        save(add_lora(build(), ("unet",), seed=seed), tmp_path / str(seed), ("unet",))
+    pipe = build()
+    load_adapter(pipe, tmp_path / "1", adapter_name="one")
+    before, first = draw(pipe), adapter_hash(pipe)
+    pipe.load_lora_weights(tmp_path / "2", adapter_name="one", hotswap=True)
+    assert adapter_hash(pipe) != first and list(loaded_adapters(pipe)) == ["one"] and all_differ(draw(pipe), before)
+
+
+def test_fused_and_unloaded_by_diffusers_own_methods_all_of_an_adapter_is_fused(knee):
+    pipe = adapted(knee)
+    expected = draw(pipe, **OWN)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert same(draw(pipe, **OWN), expected, atol=1e-3) and not adapted_parts(pipe) and not loaded_adapters(pipe)
+    assert type(pipe.unet.class_embedding) is torch.nn.Linear and model_hash(pipe) != model_hash(build(LABELLED))
 
 
 # ---- precision and devices ------------------------------------------------------------------------------------------

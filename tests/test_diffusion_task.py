@@ -111,13 +111,6 @@ def test_a_condition_that_is_not_listed_is_taken_out_or_stays_at_its_null(folder
     assert task.pipe.kinds == kinds
 
 
-def test_the_images_own_embedding_is_dropped_more_often_beside_others(folder):
-    base = write_base(folder / "three", kinds=("text", "image", "labels"))
-    assert DiffusionTask(diffusion_config(folder, task={"base": str(base)})).dropout["image"] == 0.5
-    alone = write_base(folder / "one", kinds=("image",))
-    assert DiffusionTask(diffusion_config(folder, task={"base": str(alone)})).dropout["image"] == 0.1
-
-
 def test_latents_of_a_kl_autoencoder_are_sampled_anew_from_cached_moments(folder):
     config = diffusion_config(folder, task={"base": str(folder / "kl"), "cache_dir": str(folder / "cache_kl")})
     task = DiffusionTask(config)

@@ -462,6 +462,53 @@ def test_fused_it_is_a_model_of_stock_layers_that_draws_the_same_when_saved_and_
     assert traces(saved) == again
 
 
+@pytest.mark.parametrize("kinds", [BOTH, ("text",), ("labels",), ()])
+def test_saved_as_it_is_it_draws_the_same_and_stays_extended(kinds, tmp_path):
+    pipe = tiny_pipeline(kinds)
+    if "text" in kinds:
+        extend(pipe, KNEE, ["mammogram"], "knee")
+        extend(pipe, BREAST | KNEE, ["arthrosis"], "breast")
+        scale_extension(pipe, "breast", 0.5)
+    else:
+        extend_labels(pipe, KNEE, "knee")
+        extension_parameters(pipe, "knee")["label_embedding"].data += 0.1
+    drawn, before = images(pipe, "a mammogram, arthrosis", "kl_grade=3"), [*pipe.unet.named_parameters()]
+    pipe.save_pretrained(tmp_path)
+    saved = MediSynPipeline.from_pretrained(tmp_path)
+    assert np.allclose(images(saved, "a mammogram, arthrosis", "kl_grade=3"), drawn, atol=1e-5)
+    assert (saved.label_schema, saved.kinds) == (pipe.label_schema, pipe.kinds)
+    assert [(name, id(p)) for name, p in pipe.unet.named_parameters()] == [(name, id(p)) for name, p in before]
+    assert np.array_equal(images(pipe, "a mammogram, arthrosis", "kl_grade=3"), drawn)
+    fuse_extensions(pipe)
+    assert model_hash(pipe) == model_hash(saved)
+
+
+def test_new_words_go_into_a_stock_pipeline(tmp_path):
+    pipe = tiny_pipeline(("text",), vae="kl")
+    extend_words(pipe, ["mammogram"])
+    extension_parameters(pipe)["learned_embeds"].data += 1
+    expected = pipe.encode_prompt("a mammogram")
+    pipe.export_stable_diffusion(tmp_path)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.allclose(stock.encode_prompt("a mammogram", "cpu", 1, False)[0], expected, atol=1e-6)
+    assert torch.equal(pipe.encode_prompt("a mammogram"), expected) and added(pipe)["tokens"] == ["mammogram"]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_words_of_other_encoders_are_saved_with_the_pipeline(family, tmp_path):
+    pipe = tiny_pipeline(("text",))
+    tokenizer, encoder = {"bert": bert, "roberta": roberta, "t5": t5}[family]()
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder.eval())
+    extend_words(pipe, ["kellgren-lawrence", "mammogram"])
+    extension_parameters(pipe)["learned_embeds"].data += 1
+    drawn = images(pipe, "a mammogram")
+    pipe.save_pretrained(tmp_path)
+    assert np.array_equal(images(MediSynPipeline.from_pretrained(tmp_path), "a mammogram"), drawn)
+    assert np.array_equal(images(pipe, "a mammogram"), drawn)
+    remove_extension(pipe)
+    assert pipe.tokenizer is tokenizer
+
+
 def test_a_pipeline_in_half_precision_keeps_it(tmp_path):
     pipe = tiny_pipeline(BOTH).to(torch.bfloat16)
     before, old = traces(pipe)["hash"], images(pipe)

@@ -16,6 +16,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 
+from medisyn.extension import extend_labels, extension_parameters
+from medisyn.lora import load_adapter, loaded_adapters
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from tests.components import LABEL_SCHEMA, tiny_pipeline
 
@@ -64,6 +66,10 @@ def test_a_published_folder_is_complete_without_medisyn(tmp_path):
     pipe = tiny_pipeline(("text", "labels"))
     pipe.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "expected.npy", sample(pipe, prompt="chest", labels="Glaucoma=1"))
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    weights = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(pipe.unet))
+    MediSynPipeline.save_lora_weights(tmp_path / "adapter", unet_lora_layers=weights)
+    (tmp_path / "adapter" / "adapter.json").write_text('{"base_model": "another", "base_hash": "0123456789ab"}')
     script = f"""
         import sys
         sys.modules["medisyn"] = None  # any import of it raises ImportError
@@ -76,6 +82,12 @@ def test_a_published_folder_is_complete_without_medisyn(tmp_path):
             images = pipe("chest", labels="Glaucoma=1", **options).images
             numpy.testing.assert_array_equal(images, numpy.load(folder + "/expected.npy"))
             pipe.save_pretrained(folder + "/again")
+        pipe.load_lora_weights(folder + "/adapter", adapter_name="one")  # whose base only medisyn can tell
+        pipe.set_adapters("one", 0.5)
+        pipe.disable_lora()
+        pipe.enable_lora()
+        assert pipe.get_list_adapters() == {{"unet": ["one"]}}
+        pipe.unload_lora_weights()
         try:
             import medisyn
         except ImportError:
@@ -180,7 +192,8 @@ class TestStableDiffusionExport:
         options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "np"}
         options |= {"latents": torch.randn(2, 4, 4, 4), "negative_prompt": ["blurred", "dark"]}
         prompts = ["chest X-ray", "a very long prompt, longer than the window of the text encoder"]
-        np.testing.assert_allclose(plain(prompts, **options).images, pipe(prompts, **options).images, atol=1e-4)
+        ours = pipe(prompts, **options, guidance_interval=(0.0, 1.0)).images  # that pipeline guides everywhere
+        np.testing.assert_allclose(plain(prompts, **options).images, ours, atol=1e-4)
         assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
         assert not list(tmp_path.glob("*.py"))
 
@@ -232,6 +245,23 @@ class TestLora:
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
         np.testing.assert_allclose(sample(pipe), plain, atol=1e-4)
+
+    def test_medisyn_keeps_account_of_adapters_on_a_published_pipeline(self, adapter, tmp_path):
+        tiny_pipeline(("labels",)).save_pretrained(tmp_path / "model")
+        pipe = load_remote(tmp_path / "model")
+        plain = sample(pipe)
+        load_adapter(pipe, adapter, adapter_name="tuned")
+        extend_labels(pipe, {"grade": {"type": "ordinal", "values": ["0", "1"]}}, "tuned")
+        extension_parameters(pipe, "tuned")["label_embedding"].data += 0.1
+        pipe.set_adapters("tuned", 0.5)
+        assert loaded_adapters(pipe)["tuned"].weight == 0.5
+        expected = sample(pipe, labels="grade=1")
+        pipe.save_pretrained(tmp_path / "again")
+        for load in (MediSynPipeline.from_pretrained, load_remote):
+            np.testing.assert_allclose(sample(load(tmp_path / "again"), labels="grade=1"), expected, atol=1e-5)
+        pipe.unload_lora_weights()
+        assert not loaded_adapters(pipe) and "grade" not in pipe.label_schema["fields"]
+        np.testing.assert_array_equal(sample(pipe), plain)
 
     def test_text_encoder_weights_need_a_text_encoder(self):
         weights = {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 16)}

@@ -93,6 +93,26 @@ def test_train_commands_name_a_valid_configuration(monkeypatch):
         load_config(path, overrides)
 
 
+def test_the_way_to_images_of_a_class_can_be_followed(monkeypatch):
+    """Whatever a command of that section reads under runs/ or outputs/, one before it has written."""
+    monkeypatch.chdir(ROOT)
+    section = README.partition("## From images without labels")[2].partition("\n## ")[0]
+    made: set[str] = set()
+    for words in commands(section):
+        if words[:2] == ["medisyn", "train"]:
+            config = load_config(words[2], words[3:])
+            written, read = {config.output_dir}, [config.task.base, getattr(config.task, "classifier", None)]
+        else:
+            written = {words[words.index(option) + 1] for option in ("--out", ">") if option in words}
+            written |= {words[3]} if words[0] == "python" else set()  # labelled_subset.py SOURCE FOLDER
+            read = [word.partition("=")[2] or word for word in words[1:] if word not in written]
+        needed = [name for name in read if name and name.startswith(("runs/", "outputs/"))]
+        assert [name for name in needed if not name.startswith(tuple(made) or "-")] == [], words
+        made |= written
+    assert {"runs/guided", "outputs/drawn", "outputs/selected"} <= made
+    assert "centroid" not in section  # a rule that left a class empty
+
+
 @pytest.mark.parametrize("block", code_blocks(README, "yaml"))
 def test_yaml_block_is_a_valid_configuration(block, tmp_path):
     path = tmp_path / "config.yaml"

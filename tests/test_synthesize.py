@@ -68,7 +68,7 @@ def test_png_says_where_it_comes_from(pipe, tmp_path):
         "seed": 7,
         "num_inference_steps": 3,
         "guidance_scale": {"text": 2.0, "labels": 1.5},
-        "guidance_interval": [0.0, 0.8],
+        "guidance_interval": [0.0, 0.95],
         "scheduler": "DDIMScheduler",
         "synthetic": True,
         "notice": "synthetic image, not for diagnosis",
@@ -177,9 +177,9 @@ def test_guidance_is_recorded_and_never_left_out_silently(pipe, tmp_path):
             synthesize(pipe, requests, tmp_path / "out", **other, **FAST)
     assert synthesize(pipe, requests, tmp_path / "out", **options, **FAST)[0] == file
     plain, _ = synthesize(pipe, requests, tmp_path / "plain", **FAST)
-    default = {"guidance_interval": (0.0, 0.8), "guidance_rescale": 0.0}
+    default = {"guidance_interval": (0.0, 0.95), "guidance_rescale": 0.0}
     asked, _ = synthesize(pipe, requests, tmp_path / "asked", **default, **FAST)
-    assert read_provenance(plain)["guidance_interval"] == [0.0, 0.8]
+    assert read_provenance(plain)["guidance_interval"] == [0.0, 0.95]
     assert plain.read_bytes() == asked.read_bytes() != file.read_bytes()
 
 

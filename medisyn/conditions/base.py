@@ -193,16 +193,6 @@ def unet_kwargs(conditions: Sequence[Condition], cross_attention_dim: int) -> di
     }
 
 
-def dropout_probabilities(kinds: Sequence[str], configured: Mapping[str, float]) -> dict[str, float]:
-    """How often each kind is dropped in training: as configured, else 0.1.
-
-    The image's own embedding beside others is dropped half of the time where nothing is configured: it says so much
-    of the image that its caption and labels would hardly be learned.
-    """
-    usual = {kind: 0.5 if kind == "image" and len(kinds) > 1 else 0.1 for kind in kinds}
-    return usual | {kind: configured[kind] for kind in kinds if kind in configured}
-
-
 def condition_dropout(
     probabilities: Mapping[str, float], uniforms: torch.Tensor, joint: float = 0.0
 ) -> dict[str, torch.Tensor]:

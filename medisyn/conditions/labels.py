@@ -91,21 +91,20 @@ class LabelSchema:
     def from_dict(cls, data: Mapping) -> LabelSchema:
         """Reads the JSON form: `{"name": ..., "fields": {code: {"type": ..., "values": [...], "display": ...}}}`.
 
-        Optional: `rows` (see `RowRules`), `from` (other schema -> `RowRules`), `description`.
+        Optional: `rows` (see `RowRules`), `from` (other schema -> `RowRules`), `description`, and `prompts`: what
+        words say of the labels (`MediSynPipeline.labels_of_prompt`).
 
         Raises:
             ValueError: For missing, unknown or ill-formed entries.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"A label schema is a JSON object, got {type(data).__name__}.")
-        wrong = set(data) - {"name", "description", "fields", "rows", "from"}
+        wrong = set(data) - set(known := ("name", "description", "fields", "rows", "from", "prompts"))
         if wrong or not data.get("name") or not data.get("fields"):
             problem = (
                 f"has unknown entries: {', '.join(sorted(wrong))}" if wrong else "needs a name and at least one field"
             )
-            raise ValueError(
-                f"The label schema {data.get('name', '')!r} {problem}. Valid: name, description, fields, rows, from."
-            )
+            raise ValueError(f"The label schema {data.get('name', '')!r} {problem}. Valid: {', '.join(known)}.")
         fields = []
         for name, entry in data["fields"].items():
             wrong = set(entry) - {"type", "values", "display"}
@@ -119,7 +118,7 @@ class LabelSchema:
             fields.append(LabelField(name, entry["type"], values, entry.get("display", name)))
         rows = RowRules.from_dict(data["rows"]) if "rows" in data else None
         sources = {other: RowRules.from_dict(rules) for other, rules in data.get("from", {}).items()}
-        rules = {key: data[key] for key in ("description", "rows", "from") if key in data}
+        rules = {key: data[key] for key in ("description", "rows", "from", "prompts") if key in data}
         schema = cls(data["name"], tuple(fields), rows, sources, rules)
         for row_rules in (rows, *sources.values()):  # a misspelt rule is an error now, not when a row first meets it
             for name in row_rules.columns if row_rules else ():
@@ -331,7 +330,8 @@ class LabelsCondition:
 
     def components(self) -> dict:
         """The constructor arguments of `MediSynPipeline` that this condition stands for."""
-        return {"label_schema": self.schema.to_dict(rules=False)}
+        stated = {"prompt_labels": self.schema.rules["prompts"]} if "prompts" in (self.schema.rules or {}) else {}
+        return {"label_schema": self.schema.to_dict(rules=False)} | stated
 
     def token_width(self) -> None:
         """Labels give no tokens."""

@@ -177,6 +177,8 @@ def _checked(pipe: MediSynPipeline, request: Request) -> Request:
         request = replace(request, class_label=pipe.classifier.classes[place])
     elif kinds and not started and not any(value is not None for value in given.values()):
         raise ValueError(f"nothing to generate from; this model takes: {', '.join(kinds)}")
+    if request.labels is None and request.prompt is not None and (found := pipe.labels_of_prompt(request.prompt)):
+        request = replace(request, labels=found[0])
     if request.labels is None:
         return request
     schema = pipe.label_schema

@@ -2,6 +2,7 @@
 
 - Every component is a stock diffusers or transformers class and this file needs nothing else. A saved model carries
   this very file, so it loads with medisyn installed (no remote code) and without it (`trust_remote_code=True`).
+- diffusers' methods for LoRA leave adapters that medisyn loaded to `medisyn.lora`, which keeps account of them.
 - Tokens (text, image embeddings) enter the UNet as `encoder_hidden_states`, the label vector as `class_labels`. Two
   kinds of tokens, or tokens of another width than `cross_attention_dim`, pass the UNet's own
   `encoder_hid_dim_type="text_proj"` in blocks: a text token is [t, 0], an image token [0, x], so that one stock linear
@@ -43,6 +44,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from diffusers.schedulers import DDPMScheduler, KarrasDiffusionSchedulers
 from diffusers.utils import get_adapter_name, get_peft_kwargs, logging, recurse_remove_peft_layers
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -176,6 +178,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             model saved without its encoders keeps it and takes `prompt_embeds` and `image_embeds`.
         classifier: `MediSynLatentClassifier` of the noised latents, for `class_label`.
         known_words: see `unknown_words`.
+        prompt_labels: see `labels_of_prompt`.
 
     Raises:
         ValueError: an unknown kind in `image_tokens` or `conditions`.
@@ -201,6 +204,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classifier: torch.nn.Module | None = None,
         image_noise: dict | None = None,
         known_words: list[str] | None = None,
+        prompt_labels: list[dict] | None = None,
     ) -> None:
         """Register the components; see the class."""
         super().__init__()
@@ -223,7 +227,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor, classifier=classifier)
         self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
-        for name, value in {"image_noise": image_noise, "known_words": known_words}.items():
+        optional = {"image_noise": image_noise, "known_words": known_words, "prompt_labels": prompt_labels}
+        for name, value in optional.items():
             if value is not None:  # not written for models without it
                 self.register_to_config(**{name: value})
         self._warned_of: set[str] = set()
@@ -282,6 +287,27 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         mask = None if self.text_encoder.config.model_type == "clip_text_model" else tokens.attention_mask
         prompt_embeds = self.text_encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
         return prompt_embeds
+
+    def labels_of_prompt(self, prompt: str | Sequence[str | None]) -> list[dict[str, str]] | None:
+        """Labels that prompts state in words, one dictionary each; None where no prompt states any.
+
+        A rule of `prompt_labels`, `{"all": [[phrase, ...], ...], "labels": {field: value}}`, holds where each of its
+        lists has a phrase in the prompt: whole words in any case, not after "no" or "without". Later rules win.
+        """
+        rules = self.config.get("prompt_labels")
+        if not rules or not {"text", "labels"} <= set(self.kinds) or self.label_schema is None:
+            return None
+        fields = self.label_schema["fields"]
+        found = []
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            labels: dict[str, str] = {}
+            for rule in rules:
+                patterns = ("|".join(map(re.escape, phrases)) for phrases in rule["all"])
+                stated = r"(?<!\w)(?<!\bno )(?<!\bwithout )(?:{})(?!\w)"
+                if all(re.search(stated.format(pattern), text or "", re.IGNORECASE) for pattern in patterns):
+                    labels |= {field: value for field, value in rule["labels"].items() if field in fields}
+            found.append(labels)
+        return found if any(found) else None
 
     def unknown_words(self, prompt: str | Sequence[str | None]) -> dict[str, list[str]]:
         """Words that no training caption had, each with the nearest known ones.
@@ -685,8 +711,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         label_embeds: Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float | Mapping[str, float] = 3.0,
-        guidance_interval: tuple[float, float] = (0.0, 0.8),
+        guidance_scale: float | Mapping[str, float] = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 0.95),
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -713,7 +739,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Args:
             prompt: text; None in a list is an image without a text condition.
             image: images whose embeddings condition the result (`init_image` is the one to start from).
-            labels: a dict, a string "field=value, ..." or a list of them; unknown fields may be left out.
+            labels: a dict, a string "field=value, ..." or a list of them; unknown fields may be left out. Without
+                any, those that the prompt states count (`labels_of_prompt`); `{}` is none.
             prompt_embeds: (B, T, text_width) in place of `prompt`.
             image_embeds: (B, T, image_width) in place of `image`.
             label_embeds: (B, K) in place of `labels`.
@@ -754,6 +781,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         rows, columns = (size, size) if isinstance(size, int) else size
         height = rows * self.vae_scale_factor if height is None else height
         width = columns * self.vae_scale_factor if width is None else width
+        if labels is None and label_embeds is None and prompt is not None:
+            labels = self.labels_of_prompt(prompt)
         given = {"prompt": prompt, "image": image, "labels": labels, "negative_prompt": negative_prompt}
         given |= {"prompt_embeds": prompt_embeds, "image_embeds": image_embeds, "label_embeds": label_embeds}
         given |= {"negative_prompt_embeds": negative_prompt_embeds}
@@ -866,13 +895,25 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return index
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """As in diffusers; what is saved has LoRA layers merged into its weights, as they are weighted now."""
+        """As in diffusers; what is saved has adapters fused into its weights, as they are weighted now.
+
+        Their label fields and words as well: it draws what this pipeline draws, which keeps its adapters.
+        """
+        with self._fused():
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Copies with adapters fused in the place of the models that have any, within the block."""
         names = [name for name in ("vae", "unet", "text_encoder") if getattr(self, name) is not None]
         adapted = {name: getattr(self, name) for name in names}
         try:
             for name, module in adapted.items():
                 setattr(self, name, _merged(module))
-            super().save_pretrained(save_directory, *args, **kwargs)
+            if any(_is_extended(module) for module in adapted.values()):
+                # schema and tokenizer are those of the extended model already
+                importlib.import_module("medisyn.extension").fuse_extensions(self)
+            yield
         finally:
             for name, module in adapted.items():
                 setattr(self, name, module)
@@ -900,17 +941,68 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if hashes.is_file() and not (folder / hashes.name).exists():
             shutil.copyfile(hashes, folder / hashes.name)
 
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, *args, **kwargs) -> None:
-        """As in diffusers; says so when an adapter's folder holds more than LoRA weights."""
-        super().load_lora_weights(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+    def load_lora_weights(
+        self, pretrained_model_name_or_path_or_dict, adapter_name: str | None = None, hotswap: bool = False, **kwargs
+    ) -> None:
+        """As in diffusers; says so when an adapter holds more than LoRA weights. Adapters that medisyn loaded stay on.
+
+        Raises:
+            ValueError: with medisyn installed, an `adapter.json` beside the weights names another base than this one.
+        """
         source = pretrained_model_name_or_path_or_dict
-        manifest = Path(source) / "adapter.json" if isinstance(source, (str, Path)) else Path()
-        content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        if content.get("label_schema") or content.get("tokens"):
+        manifest = _adapter_manifest(source, **kwargs)
+        if "base_hash" in manifest:
+            try:
+                from medisyn.lora import require_base
+            except ImportError:  # only medisyn can tell
+                pass
+            else:
+                require_base(self, manifest, str(source))
+        super().load_lora_weights(source, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+        if (lora := self._medisyn_lora()) is not None:
+            lora.record_loras(self, adapter_name if hotswap else None)
+        if manifest.get("label_schema") or manifest.get("tokens"):
             logger.warning(
                 f"{source} also brings label fields or words, which are not LoRA weights and were not loaded: use "
                 "medisyn.load_pipeline(adapter=...)"
             )
+
+    def _medisyn_lora(self) -> Any:
+        """The module that keeps account of the adapters on this pipeline; None where medisyn loaded none."""
+        return importlib.import_module("medisyn.lora") if hasattr(self, "_medisyn_adapters") else None
+
+    def unload_lora_weights(self) -> None:
+        """As in diffusers; adapters that medisyn loaded go as a whole. After `fuse_lora` all of them is fused."""
+        if (lora := self._medisyn_lora()) is None:
+            return super().unload_lora_weights()
+        parts = [part for part in (self.unet, self.text_encoder) if part is not None]
+        layers = [layer for part in parts for layer in part.modules() if hasattr(layer, "scale_layer")]
+        return lora.fuse_adapters(self) if any(layer.merged for layer in layers) else lora.unload_adapters(self)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As in diffusers; adapters that medisyn loaded go as a whole."""
+        lora = self._medisyn_lora()
+        return super().delete_adapters(adapter_names) if lora is None else lora.delete_adapters(self, adapter_names)
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """As in diffusers; of adapters that medisyn loaded all parts, and the record, get the weight.
+
+        Raises:
+            ValueError: weights by part of the model for such adapters.
+        """
+        if (lora := self._medisyn_lora()) is None:
+            return super().set_adapters(adapter_names, adapter_weights)
+        return lora.set_adapters(self, adapter_names, adapter_weights)
+
+    def disable_lora(self) -> None:
+        """As in diffusers; adapters that medisyn loaded are at weight 0 until `enable_lora`."""
+        lora = self._medisyn_lora()
+        return super().disable_lora() if lora is None else lora.disable_adapters(self)
+
+    def enable_lora(self) -> None:
+        """As in diffusers; see `disable_lora`."""
+        lora = self._medisyn_lora()
+        return super().enable_lora() if lora is None else lora.enable_adapters(self)
 
     @classmethod
     def load_lora_into_text_encoder(cls, state_dict, network_alphas, text_encoder, **kwargs) -> None:
@@ -958,11 +1050,11 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         if any(obstacles.values()):
             reasons = "; ".join(reason for reason, is_true in obstacles.items() if is_true)
             raise ValueError(f"this model cannot be saved as a StableDiffusionPipeline: {reasons}")
-        components = {"vae": vae, "text_encoder": _merged(text), "tokenizer": self.tokenizer}
-        components["unet"] = _merged(self.unet)
-        components["scheduler"] = type(self.scheduler).from_config(scheduler)  # that pipeline changes its scheduler
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        StableDiffusionPipeline(**components, **absent).save_pretrained(folder)
+        with self._fused():
+            components = {name: getattr(self, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+            components["scheduler"] = type(self.scheduler).from_config(scheduler)  # that pipeline changes its own
+            StableDiffusionPipeline(**components, **absent).save_pretrained(folder)
         _remove_paths(Path(folder))
 
 
@@ -992,11 +1084,11 @@ def _scaled_lora(module: torch.nn.Module | None, scale: float) -> Iterator[None]
 
 
 def _merged(module: Any) -> Any:
-    """A module itself; of one with LoRA layers a copy that has them merged into its weights.
+    """A module itself; of one with LoRA layers or medisyn's extensions a copy, LoRA layers merged into its weights.
 
     Saved as they are, such a UNet could not be loaded, and of a text encoder transformers would save the LoRA alone.
     """
-    if not any(hasattr(layer, "scale_layer") for layer in module.modules()):
+    if not (_is_extended(module) or any(hasattr(layer, "scale_layer") for layer in module.modules())):
         return module
     module = copy.deepcopy(module)
     for layer in module.modules():
@@ -1006,6 +1098,41 @@ def _merged(module: Any) -> Any:
     module.__dict__.pop("peft_config", None)
     module._hf_peft_config_loaded = False
     return module
+
+
+def _is_extended(module: torch.nn.Module) -> bool:
+    """Whether label fields or words of an adapter lie in a model, in layers of medisyn's own."""
+    return any(type(layer).__module__ == "medisyn.extension_layers" for layer in module.modules())
+
+
+def _adapter_manifest(source: Any, **options) -> dict[str, Any]:
+    """`adapter.json` beside the LoRA weights of a file, folder or Hub name; empty where there is none.
+
+    Args:
+        source: of the weights, as for `load_lora_weights`; weights in memory have no manifest.
+        options: those of the download: "subfolder", "revision", "token" and the like.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    if isinstance(source, Mapping):
+        return {}
+    place = Path(source)
+    if place.exists():
+        folder = place.parent if place.is_file() else place / (options.get("subfolder") or "")
+        file = folder / "adapter.json"
+    else:
+        names = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
+        chosen = {name: options[name] for name in names if options.get(name) is not None}
+        try:
+            file = Path(hf_hub_download(str(source), "adapter.json", **chosen))
+        except (OSError, ValueError):  # no such file; or nothing of that name, of which diffusers says why
+            return {}
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _remove_paths(folder: Path) -> None:

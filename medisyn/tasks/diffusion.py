@@ -34,7 +34,6 @@ from medisyn.conditions import (
     condition_dropout,
     conditions_of,
     drop,
-    dropout_probabilities,
     get_condition,
     get_schema,
 )
@@ -65,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 VALIDATION_NOISE_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # fractions of the training timesteps
 PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
+DEFAULT_DROPOUT = 0.1  # of a condition that the base model brings along
 # streams of an item's seed: one for each use, so that adding a use does not change the others
 _NOISE, _OFFSET, _UNIFORMS = range(POSTERIOR + 1, 4)
 _WORDING = 6  # 4 and 5 are the image condition's
@@ -99,8 +99,8 @@ class DiffusionTask(TrainingTask):
         described = {"text": any(images.captions), "labels": any(images.labels)}
         for kind in (c.kind for c in self.conditions if not described.get(c.kind, True)):
             logger.warning("no training image has %s: that condition is trained on its null alone", kind)
-        configured = {condition.type: condition.dropout for condition in self.options.conditions}
-        self.dropout = dropout_probabilities([c.kind for c in self.conditions], configured)
+        self.dropout = {c.kind: DEFAULT_DROPOUT for c in self.conditions}
+        self.dropout |= {c.type: c.dropout for c in self.options.conditions}
         texts = (c for c in self.options.conditions if isinstance(c, TextConditionConfig))
         self._paraphrase = next((c.paraphrase for c in texts), 0.0)
         # registered, hence trained and saved: what of the UNet and of every encoder requires a gradient

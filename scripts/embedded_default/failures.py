@@ -1,6 +1,6 @@
 r"""A picture of what goes wrong: the images of an evaluation that a classifier of real images doubts most.
 
-python scripts/embedded_default/failures.py outputs/report/images model_cards/images/failures.png \
+python scripts/embedded_default/failures.py outputs/report/images model_cards/images/failures.jpg \
     --train "DIR/train-*.parquet" --extractor timm:tf_efficientnet_lite0@FILE --cache cache/features
 
 Top half: the lowest probability of the modality that was asked for. Bottom half: of the finding within its modality,
@@ -24,7 +24,7 @@ SHOWN = 18
 
 def failures(
     images: Annotated[str, typer.Argument(help="Folder `images` of an evaluation with --per modality,finding.")],
-    picture: Annotated[Path, typer.Argument(help="PNG to write.")],
+    picture: Annotated[Path, typer.Argument(help="PNG or JPEG to write.")],
     train: Annotated[str, typer.Option(help="Real training images.")],
     extractor: Annotated[str, typer.Option(help="As in medisyn evaluate.")],
     cache: Annotated[Path | None, typer.Option(help="Features of an evaluation.")] = None,
@@ -54,7 +54,7 @@ def failures(
             cells.append((f"{name}: {asked['finding'][row]} -> {found}", synthetic.image(row)))
     cells = [(f"{number}. {caption}", image) for number, (caption, image) in enumerate(cells, 1)]  # none is grouped
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(cells, len(cells), "asked for -> taken for; all synthetic").save(picture)
+    draw_grid(cells, len(cells), "asked for -> taken for; all synthetic").convert("RGB").save(picture, quality=92)
 
 
 if __name__ == "__main__":
