@@ -256,6 +256,7 @@ def _adaptation(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str
     if is_embedded or new_words != "none":  # else every condition of the base
         words = new_words if new_words == "auto" else () if new_words == "none" else _listed(new_words)
         task["conditions"] = [{"type": "text", "new_words": words}]
+        task["conditions"] += [{"type": "image"}] if is_embedded else []
     if fraction:
         task["prior"] = {"fraction": fraction, "num_images": count}
     return task, [f"default is adapted as in its recipes: {'; '.join(chosen)}"] if chosen else []

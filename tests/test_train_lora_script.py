@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from medisyn import load_pipeline
-from medisyn.config import PriorConfig, TextConditionConfig, load_config
+from medisyn.config import ImageConditionConfig, PriorConfig, TextConditionConfig, load_config
 from medisyn.diffusers_arguments import IGNORED, REFUSED, SCHEDULES, make_parser, translate
 from medisyn.trainer import learning_rate_factor
 from tests.components import tiny_vae
@@ -186,7 +186,7 @@ def test_the_embedded_default_is_adapted_as_in_its_recipes(folder):
     own = arguments_of(folder, "--center_crop --lora_layers to_q --no-train_text_encoder --new_words none")
     own.pretrained_model_name_or_path, own.prior_fraction = "default", 0.0
     config, notes = translate(own)
-    assert (config.task.prior, config.task.conditions) == (None, (TextConditionConfig(),))
+    assert (config.task.prior, config.task.conditions) == (None, (TextConditionConfig(), ImageConditionConfig()))
     assert config.task.lora.target_modules == ("to_q",) and not config.task.lora.text_encoder
     assert not notes
 

@@ -30,8 +30,11 @@ from .provenance import read_provenance, write_json_lines, write_png
 METADATA = "metadata.jsonl"
 GRID = "grid.png"
 SAVE_SECONDS = 2.0  # between two writings of the metadata
-MODEL_KEYS = ("model", "model_hash", "adapter", "adapter_hash", "scheduler")
-MODEL_KEYS += ("num_inference_steps", "guidance_scale", "guidance_interval")
+MODEL_KEYS = ("model", "model_hash", "adapter", "adapter_hash", "scheduler") + (
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_interval",
+)
 
 
 class OutputFolder:
