@@ -402,6 +402,18 @@ def test_a_pool_has_what_is_wanted_of_each_class(data, tmp_path, strategy):
         assert not (tmp_path / "other").exists()
 
 
+def test_folds_share_a_cache_of_embeddings(data, tmp_path):
+    pipe = tiny_pipeline(("image",))
+    pipe.set_progress_bar_config(disable=True)
+    make = strategy_maker(pipe, "reconstruction", "finding", cache_dir=tmp_path / "cache", num_inference_steps=1)
+    real = open_labelled(data["real"], "finding")
+    for fold, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3])):
+        part = real.select(rows)
+        wanted = dict.fromkeys(part.labels, 2)
+        assert make(part, wanted, tmp_path / f"pool{fold}", 0).counts() == wanted
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
 def test_strategies_are_compared_with_each_other_and_folds_of_seeds_share_images(data, tmp_path):
     pools = {"good": data["good"], "again": data["good"]}
     report = measure_utility(

@@ -7,7 +7,8 @@
     measure_utility("train.parquet", test="validation.parquet", strategies={"mixture": make})
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def strategy_maker(
         label_column: Column of the class of real and of synthetic images.
         prior: The learned distribution for the strategy `prior`. It must not have learnt from test images.
         model: The model's name, for the record of each image.
-        cache_dir: Keeps the embeddings of real images.
+        cache_dir: Keeps the embeddings of real images, in a folder for each set of them.
         progress: Show a bar.
         settings: Further arguments of `synthesize`, such as `num_inference_steps`.
 
@@ -58,10 +59,16 @@ def strategy_maker(
 
     def make(real: LabelledImages, wanted: Mapping[str, int], folder: Path, seed: int) -> LabelledImages:
         images = None if parsed.name == "prior" else real.images
+        cache = None if images is None or cache_dir is None else Path(cache_dir) / f"embeddings_{_digest(real.hashes)}"
         requests = like_requests(
-            pipe, parsed, images, wanted, seed, label_column=label_column, prior=prior, cache_dir=cache_dir
+            pipe, parsed, images, wanted, seed, label_column=label_column, prior=prior, cache_dir=cache
         )
         synthesize(pipe, requests, folder, model=model, progress=progress, **parsed.arguments(), **settings)
         return open_labelled(str(folder), label_column, classes=tuple(wanted))
 
     return make
+
+
+def _digest(hashes: Sequence[str]) -> str:
+    """Names the images of a fold: each fold has others, and a cache of embeddings is of one set of images."""
+    return hashlib.blake2b(",".join(hashes).encode(), digest_size=6).hexdigest()
