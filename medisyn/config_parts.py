@@ -121,6 +121,8 @@ class AutoencoderTaskConfig:
     pca_images: Count = 0  # start a deterministic autoencoder at the best linear code of this many images; 0: random
     l1_weight: NonNegative = 1.0
     l2_weight: NonNegative = 0.0
+    colour_weight: NonNegative = 0.0  # of the error of Cb and Cr: a tint of a level shows on a greyscale image
+    structure_weight: NonNegative = 0.0  # of SSIM's structure term: faint noise shows where there is none
     perceptual: Literal["none", "st-lpips", "lpips"] = "none"
     perceptual_weights: str | None = None  # file of the perceptual network; None: torchmetrics' own download for lpips
     perceptual_weight: NonNegative = 0.25

@@ -63,6 +63,22 @@ def discriminator_hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
+def clip_where_reference_is(images: Tensor, references: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """The images, with values beyond the range replaced by its end where the reference lies there.
+
+    Pixels are clipped in the end: an autoencoder that must not go below a black background can hardly reach it. No
+    gradient flows where a value is replaced. Any shape.
+    """
+    beyond = ((references <= low) & (images < low)) | ((references >= high) & (images > high))
+    return torch.where(beyond, references, images)
+
+
+def colour_difference(images: Tensor, references: Tensor) -> Tensor:
+    """Mean absolute error of Cb and Cr (ITU-R BT.601, full range), a scalar; (B, 3, H, W) of any one scale."""
+    matrix = images.new_tensor([[-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    return torch.einsum("kc,bchw->bkhw", matrix, images - references).abs().mean()
+
+
 def peak_signal_to_noise_ratio(images: Tensor, references: Tensor) -> Tensor:
     """PSNR in dB per image for images in [-1, 1] (data range 2), (B, ...) -> (B,)."""
     error = (images - references).square().flatten(1).mean(dim=1)

@@ -5,6 +5,8 @@
   resolution.
 - `build_perceptual("lpips")`: torchmetrics' LPIPS (extra `eval`), whose backbone torchvision downloads.
 
+- `structure_difference`: the structure term of SSIM, which sees texture of the least contrast.
+
     distance = build_perceptual("st-lpips", "stlpips_alex.pth")(images, references)  # scalar
 """
 
@@ -92,6 +94,32 @@ class _MeanLPIPS(nn.Module):
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Mean distance of the pairs, a scalar."""
         return self.network(images, references).mean()
+
+
+def structure_difference(images: Tensor, references: Tensor) -> Tensor:
+    """1 - mean of SSIM's contrast-structure term on the luma, a scalar in [0, 2] (Wang et al. 2004, eq. 9 and 10).
+
+    The constant K2 is 0.005 in place of 0.03: a flat region with faint noise then differs from a flat one without,
+    which neither L1 nor LPIPS tells apart and which feature extractors do.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1], H and W at least 11.
+        references: of the same shape.
+
+    Raises:
+        ImportError: no torchmetrics (extra `eval`).
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError:
+        raise ImportError("task.structure_weight needs torchmetrics: pip install medisyn[eval]") from None
+    with torch.autocast(images.device.type, enabled=False):  # a variance is a small difference of large numbers
+        weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+        luma, reference = ((part.float() * weights).sum(dim=1, keepdim=True) for part in (images, references))
+        _, structure = structural_similarity_index_measure(
+            luma, reference, data_range=2.0, k2=0.005, return_contrast_sensitivity=True
+        )
+    return 1.0 - structure.mean()
 
 
 def build_perceptual(name: str, weights: str | None = None) -> nn.Module | None:

@@ -163,7 +163,7 @@ def test_every_loss_is_reported_and_random_crops_are_trained_on(folder):
     config = autoencoder_config(
         folder,
         "adversarial",
-        task={"adversarial_weight": 0.1, "adversarial_start": 1},
+        task={"adversarial_weight": 0.1, "adversarial_start": 1, "colour_weight": 1.0, "structure_weight": 0.5},
         data={"crop": "random", "random_crop_size": 16},
         train={"validate_every": 4, "preview_every": 4},
         validation={"source": str(folder / "images"), "resolution": 32, "caption_column": None},
@@ -171,7 +171,7 @@ def test_every_loss_is_reported_and_random_crops_are_trained_on(folder):
     run = Trainer(config).fit()
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     logged = {name for line in lines for name in line}
-    assert {"loss", "l1", "l2", "generator", "discriminator", "validation/psnr"} <= logged
+    assert {"loss", "l1", "l2", "colour", "structure", "generator", "discriminator", "validation/psnr"} <= logged
     assert ("kl" in logged) == isinstance(load_autoencoder(run), AutoencoderKL)
 
 

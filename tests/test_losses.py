@@ -1,17 +1,22 @@
 """Losses against their formulas."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from PIL import Image
 
 from medisyn.losses import (
+    clip_where_reference_is,
+    colour_difference,
     diffusion_target,
     discriminator_hinge_loss,
     kl_to_standard_normal,
     min_snr_weights,
     peak_signal_to_noise_ratio,
 )
+from medisyn.perceptual import structure_difference
 
 
 def noised(prediction_type):
@@ -79,3 +84,34 @@ def test_psnr_of_a_known_error():
     references = torch.zeros(2, 3, 8, 8)
     images = torch.stack([torch.full((3, 8, 8), 0.02), torch.full((3, 8, 8), 0.2)])
     assert torch.allclose(peak_signal_to_noise_ratio(images, references), torch.tensor([40.0, 20.0]), atol=1e-4)
+
+
+def test_values_beyond_the_range_cost_nothing_where_the_reference_is_at_its_end():
+    references = torch.tensor([-1.0, -1.0, 1.0, 1.0, 0.0, 0.0])
+    images = torch.tensor([-1.3, -0.7, 1.2, 0.9, -1.3, 1.2], requires_grad=True)
+    clipped = clip_where_reference_is(images, references)
+    assert clipped.tolist() == pytest.approx([-1.0, -0.7, 1.0, 0.9, -1.3, 1.2])
+    (clipped - references).abs().sum().backward()
+    assert images.grad.tolist() == [0.0, 1.0, 0.0, -1.0, -1.0, 1.0]
+
+
+def test_colour_difference_is_that_of_pillows_chroma_and_blind_to_brightness():
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(40, 200, (16, 16, 3), dtype=np.uint8) for _ in range(2)]
+    a, b = (torch.from_numpy(part).permute(2, 0, 1)[None] / 1.0 for part in pixels)
+    chroma = [np.asarray(Image.fromarray(part).convert("YCbCr"), dtype=np.float32)[..., 1:] for part in pixels]
+    assert colour_difference(a, b).item() == pytest.approx(np.abs(chroma[0] - chroma[1]).mean(), abs=0.5)
+    assert colour_difference(a + 20, a).item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_faint_noise_on_a_flat_region_is_a_great_difference_of_structure_and_a_small_one_of_values():
+    torch.manual_seed(0)
+    flat = torch.zeros(1, 3, 32, 32)
+    noisy = flat + 2 / 127.5 * torch.randn(1, 1, 32, 32)
+    brighter = flat + 8 / 127.5
+    assert structure_difference(flat, flat).item() == pytest.approx(0.0, abs=1e-4)
+    assert structure_difference(brighter, flat).item() < 0.01 < 0.2 < structure_difference(noisy, flat).item()
+    textured = torch.rand(1, 1, 32, 32).expand(1, 3, 32, 32) * 2 - 1
+    assert structure_difference(textured + noisy, textured).item() < 0.01
+    with torch.autocast("cpu", torch.bfloat16):  # as in a mixed-precision run
+        assert structure_difference(textured + noisy, textured).item() < 0.01

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from medisyn.data.loading import load_images
 from medisyn.training_record import write_training_record
 from tests.components import tiny_pipeline
-from tests.utility import write_labelled
+from tests.utility import write_extractor, write_labelled
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -41,6 +41,23 @@ def test_neighbours_by_the_image_encoder_of_a_saved_pipeline(tmp_path):
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(done.stdout)
     assert found["bank"] == 18 and found["images"] == 18 and 0 <= found["accuracy"] <= 1
+
+
+# ---- autoencoder_fidelity -------------------------------------------------------------------------------------------
+
+
+def test_an_autoencoder_is_measured_without_its_diffusion_model(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "model")
+    sets = [write_labelled(tmp_path / name, 10, seed, spread=5) for name, seed in (("train", 1), ("real", 2))]
+    options = ["--train", sets[0], "--real", sets[1], "--extractor", write_extractor(tmp_path)]
+    options += ["--columns", "finding", "--cache-dir", tmp_path / "cache"]
+    done = script("autoencoder_fidelity", tmp_path / "model", *options)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    assert found["images"] == 30 and found["psnr"] == pytest.approx(np.mean(list(found["psnr_by_finding"].values())))
+    assert found["frechet_distance"] > found["frechet_distance_of_real"] > 0  # the tiny autoencoder is untrained
+    assert found["finding_agreement"]["real"][0] >= 0.9 > found["finding_agreement"]["reconstructed"][0]
 
 
 # ---- segmentation ---------------------------------------------------------------------------------------------------

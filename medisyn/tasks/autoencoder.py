@@ -29,8 +29,13 @@ from medisyn.data.preprocessing import Preprocessor
 from medisyn.data.subsets import class_names, stratified_subset
 from medisyn.decoder_adapter import add_decoder_lora
 from medisyn.loading import base_name
-from medisyn.losses import kl_to_standard_normal, peak_signal_to_noise_ratio
-from medisyn.perceptual import build_perceptual
+from medisyn.losses import (
+    clip_where_reference_is,
+    colour_difference,
+    kl_to_standard_normal,
+    peak_signal_to_noise_ratio,
+)
+from medisyn.perceptual import build_perceptual, structure_difference
 from medisyn.tasks.base import TrainingTask, image_grid, image_record, load_splits, seeded_normal, seeded_uniform
 from medisyn.tasks.judges import ClassConsistency, adversarial_losses, patch_discriminator
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
@@ -122,10 +127,17 @@ class AutoencoderTask(TrainingTask):
             else:
                 latents = self.vae.encode(images).latent
         reconstruction = self.vae.decode(self._disturbed(latents, batch["seed"])).sample.float()
+        reconstruction = clip_where_reference_is(reconstruction, images)
         losses["l1"] = (reconstruction - images).abs().mean()
         losses["l2"] = (reconstruction - images).square().mean()
         total = options.l1_weight * losses["l1"] + options.l2_weight * losses["l2"]
         total = total + options.kl_weight * losses.get("kl", 0.0)
+        if options.colour_weight:
+            losses["colour"] = colour_difference(reconstruction, images)
+            total = total + options.colour_weight * losses["colour"]
+        if options.structure_weight:
+            losses["structure"] = structure_difference(reconstruction, images)
+            total = total + options.structure_weight * losses["structure"]
         (perceptual,) = self._frozen
         if perceptual is not None:
             losses["perceptual"] = perceptual.to(images.device)(reconstruction, images)

@@ -12,7 +12,7 @@ from medisyn.config import TrainConfig, load_config
 from medisyn.trainer import Trainer
 
 HERE = Path(__file__).parent
-STAGES = {"autoencoder": ("autoencoder",), "dino": ("dino",), "default": ("diffusion",)}
+STAGES = {"autoencoder": ("autoencoder", "decoder"), "dino": ("dino",), "default": ("diffusion",)}
 SPLITS = {"data": "train", "validation": "validation"}
 LARGER_STEPS = 4  # how many steps of a CPU are one of a GPU
 
