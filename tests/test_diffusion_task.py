@@ -172,7 +172,24 @@ def test_a_trained_text_encoder_learns_new_words_and_records_all_that_it_knows(f
     pipe = load_pipeline(Trainer(diffusion_config(folder, "words", task=task, train={"steps": 1})).fit())
     assert len(pipe.tokenizer("sonogram", add_special_tokens=False).input_ids) == 1
     assert {"bright", "square", "disc", "radiograph"} <= set(pipe.config.known_words)
-    assert pipe.unknown_words("a dark square, OCT, sonogram 12 x") == {"oct": ["ct"]}
+    assert pipe.unknown_words("a dark square, OCT, sonogram 12 x") == {"oct": []}
+
+
+def test_a_model_of_captions_of_the_vocabulary_records_which_modalities_and_findings_those_are(folder, tmp_path):
+    source = write_images(tmp_path / "scans", 6)
+    lines = (source / "metadata.jsonl").read_text().replace("bright square", "brain MRI slice showing a glioma")
+    lines = lines.replace("dark disc", "brain MRI slice with no tumor").replace("grey stripes", "MRI")
+    data, text = {"source": str(source)}, [{"type": "text", "train_encoder": True}]
+    base = write_base(folder / "base_that_knows", kinds=("text",))
+    load = json.loads((base / "model_index.json").read_text()) | {"known_words": ["bright"]}
+    (base / "model_index.json").write_text(json.dumps(load))
+    task = {"base": str(base), "conditions": text, "cache_dir": str(tmp_path / "cache")}
+    expected = {"all canonical": [["no tumor", "glioma"]], "another caption": []}
+    for name, last in (("another caption", "MRI"), ("all canonical", "brain MRI slice showing a glioma")):
+        (source / "metadata.jsonl").write_text(lines.replace('"MRI"', f'"{last}"'))
+        run = Trainer(diffusion_config(folder, name, data=data, task=task, train={"steps": 1})).fit()
+        vocabulary = load_pipeline(run).config.get("prompt_vocabulary") or {"modalities": []}
+        assert [[names[0] for names in one["findings"]] for one in vocabulary["modalities"]] == expected[name]
 
 
 def test_a_model_that_does_not_say_what_it_knows_finds_no_unknown_word(folder):

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from medisyn.pipelines.medisyn_pipeline import MediSynPipeline, label_vector, label_width, parse_labels
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline, label_vector, label_width, neutral_greys, parse_labels
 from tests.components import IMAGE_SIZE, IMAGE_WIDTH, LABEL_SCHEMA, TEXT_WIDTH, TEXT_WINDOW, tiny_pipeline
 
 JOINT = ("text", "image", "labels")
@@ -175,6 +175,28 @@ class TestLatents:
         torch.testing.assert_close(pipe.unscale_latents(scaled), moments["mean"])
         decoded = pipe.decode_latents(scaled)
         assert decoded.shape == images.shape and decoded.abs().max() <= 1
+
+    @pytest.mark.parametrize(("tint", "is_grey"), [(0.5, True), (1.5, True), (8.0, False)])
+    def test_an_image_without_colour_is_exactly_grey_and_one_with_colour_is_left_alone(self, tint, is_grey):
+        grey = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).repeat(1, 3, 1, 1)
+        tinted = grey + tint / 127.5 * torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+        colour = torch.rand(1, 3, 8, 8, generator=seeds(0)[0]) * 2 - 1
+        images = neutral_greys(torch.cat([tinted, colour]))
+        assert torch.equal(images[1:], colour)
+        if is_grey:
+            assert torch.equal(images[0, 0], images[0, 1]) and torch.equal(images[0, 0], images[0, 2])
+            torch.testing.assert_close(images[:1], grey, atol=1.5 * tint / 127.5, rtol=0.0)
+        else:
+            assert torch.equal(images[:1], tinted)
+
+    def test_greyscale_samples_have_one_value_in_all_channels(self):
+        pipe = tiny_pipeline(vae="kl")
+        head = pipe.vae.decoder.conv_out
+        with torch.no_grad():  # a decoder whose channels differ by less than a level of 255
+            head.weight.copy_(head.weight[:1].expand_as(head.weight))
+            head.bias.copy_(torch.tensor([0.0, 0.004, -0.004]))
+        images = (sample(pipe, "x") * 255).round()
+        assert np.ptp(images, axis=-1).max() == 0 and np.ptp(images) > 0
 
     def test_shift_factor(self):
         pipe = tiny_pipeline(vae="kl")

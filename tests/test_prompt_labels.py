@@ -39,7 +39,7 @@ def test_every_caption_of_the_fundus_data_states_the_labels_of_its_row(default):
         ("a healthy eye", {"normal": "1", "cataract": "0", "dr": "0", "gc": "0"}),
         ("fundus photo without glaucoma", {}),
         ("normal chest X-ray", {}),
-        ("glaucomas", {}),
+        ("glaucomatosis", {}),
         (None, {}),
     ],
 )

@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ..backbone import model_hash
 from ..data.preprocessing import Preprocessor
 from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_value
-from ..prompt_support import prompt_warning
 from .output_folder import OutputFolder
 from .provenance import SOFTWARE, adapter_hash, file_hash
 from .requests import Request, make_requests, read_image
@@ -214,12 +213,17 @@ def _check_image_noise(pipe: MediSynPipeline, level: float | None) -> None:
 
 
 def _warn_of_prompts(pipe: MediSynPipeline, requests: Sequence[Request]) -> None:
-    """Say once what the model was not trained on."""
-    prompts = list(dict.fromkeys(request.prompt for request in requests if request.prompt is not None))
-    pipe.warn_of_unknown_words(prompts)
-    for warning in dict.fromkeys(prompt_warning(pipe, prompt) for prompt in prompts):
-        if warning is not None:
-            logger.warning(warning)
+    """Say once in a run what the model was not trained on, and what it is left to choose."""
+    again = True
+    for alone, asked in groupby(sorted(requests, key=_is_prompt_alone), key=_is_prompt_alone):
+        for line in pipe.prompt_warnings([request.prompt for request in asked], alone, again):
+            logger.warning(line)
+        again = False
+
+
+def _is_prompt_alone(request: Request) -> bool:
+    guides = (request.labels, request.like, request.origin, request.init_image, request.class_label)
+    return all(guide is None for guide in guides)
 
 
 def _default(pipe: MediSynPipeline, name: str) -> Any:

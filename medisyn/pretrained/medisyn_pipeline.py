@@ -64,12 +64,82 @@ logger = logging.get_logger(__name__)
 EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds", "labels": "label_embeds"}
 KINDS = tuple(EMBEDS_NAMES)
 NOISE_CHANNELS = 16  # of the noise level, behind the features of an image token
+WORD = r"[^\W\d_]{2,}"
+PLAIN_ENDINGS = (
+    (r"(?<=\w\w)ies$", "y"),
+    (r"(?<=[ao]s)es$", "is"),  # keratoses
+    (r"(?<=ch|sh|ss)es$", ""),
+    (r"(?<=\w\w)ae$", "a"),
+    (r"(?<=\w{3})i$", "us"),  # nevi
+    (r"(?<=\w\w)(?<![ius])s$", ""),
+    (r"(?<=\w{3})our", "or"),
+    (r"ae|oe", "e"),
+)
 Images = PIL.Image.Image | Sequence[PIL.Image.Image] | np.ndarray | Tensor
 
 
 def words_of(texts: Iterable[str | None]) -> list[str]:
     """The different words of texts in small letters; numbers and single letters are none."""
-    return list(dict.fromkeys(word for text in texts if text for word in re.findall(r"[^\W\d_]{2,}", text.lower())))
+    return list(dict.fromkeys(word for text in texts if text for word in re.findall(WORD, text.lower())))
+
+
+def plain_spelling(word: str) -> str:
+    """One form for all of a word in small letters: singular and plural, American and British."""
+    for ending, other in PLAIN_ENDINGS:
+        word = re.sub(ending, other, word)
+    return word
+
+
+def nearest_words(word: str, known: Iterable[str]) -> list[str]:
+    """Up to three known words of nearly the same spelling; for one of up to three letters, with the same letters."""
+    if len(word) > 3:
+        return difflib.get_close_matches(word, sorted(known), cutoff=0.8)
+    return [one for one in sorted(known) if sorted(one) == sorted(word)][:3]
+
+
+def stated(phrases: Iterable[str], text: str) -> set[str]:
+    """Those of the phrases that a text has as whole words in any case, in small letters."""
+    return {one.lower() for one in phrases if re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text, re.IGNORECASE)}
+
+
+def known_findings(modalities: Iterable[Mapping]) -> str:
+    """`"it knows Brain MRI: no tumor, glioma; Colonoscopy: polyp"`."""
+    return "it knows " + "; ".join(
+        f"{one['name']}: {', '.join(names[0] for names in one['findings'])}" for one in modalities
+    )
+
+
+def combination_warning(text: str, modalities: Sequence[Mapping], alone: bool = True) -> str | None:
+    """One line on words that no caption has together, or on a prompt that leaves the modality open; or None.
+
+    Args:
+        text: a prompt.
+        modalities: `{"name": ..., "terms": [what names it], "anatomy": [...], "details": [...], "findings":
+            [[finding, other wordings, ...], ...]}` each; together the words of its captions.
+        alone: whether only the prompt can say which modality is meant; otherwise it may leave that open.
+    """
+    wordings = [[wording for names in one["findings"] for wording in names] for one in modalities]
+    telling = [set(words_of([*one["anatomy"], *wordings[i]])) for i, one in enumerate(modalities)]
+    own = [telling[i].union(words_of([*one["terms"], *one["details"]])) for i, one in enumerate(modalities)]
+    content = set().union(*telling, words_of(detail for one in modalities for detail in one["details"]))
+    asked = [word for word in words_of([text]) if word in content]
+    terms = [sorted(stated(one["terms"], text)) for one in modalities]
+    named = [i for i, found in enumerate(terms) if found]
+    if len(named) == 1:
+        missing = " or ".join(repr(word) for word in asked if word not in own[named[0]])
+        known = known_findings([modalities[named[0]]])
+        return f"this model was not trained on {missing} of this modality; {known}" if missing else None
+    fits = [sum(word in words for word in asked) for words in own]
+    best = [modalities[i] for i, fit in enumerate(fits) if (i in named if named else fit == max(fits))]
+    if named or max(fits) < len(asked):
+        together = [term for found in terms for term in found] or asked
+        return f"this model was not trained on {' with '.join(map(repr, together))}; {known_findings(best)}"
+    found = [wording for said in wordings for wording in stated(said, text)]
+    unique = any(found.count(wording) == 1 for wording in found)  # of one modality only
+    if not alone or unique or (len(best) == 1 and not telling[modalities.index(best[0])].isdisjoint(asked)):
+        return None
+    said, names = " and ".join(map(repr, asked)) or "the prompt", ", ".join(one["name"] for one in best)
+    return f"{said} does not say which modality is meant, so the model will choose; to choose yourself, add: {names}"
 
 
 # ---- labels as vectors ----
@@ -157,6 +227,23 @@ def label_vector(schema: Mapping, labels: Mapping[str, Any] | str | None) -> lis
     return [float(chosen.get(code) == slot) for code, slot in slots]
 
 
+# ---- greyscale images ----
+
+
+def neutral_greys(images: Tensor) -> Tensor:
+    """The images, of which those without colour to the eye become exactly grey (their luma, ITU-R BT.601).
+
+    An autoencoder leaves a tint of a level or so on an X-ray or a CT slice, which real ones do not have.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1]. An image has no colour where its channels are on average less than 2 of 255
+            levels from their mean.
+    """
+    luma = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+    tint = (images - images.mean(dim=1, keepdim=True)).abs().mean(dim=(1, 2, 3), keepdim=True)
+    return torch.where(tint < 2 / 127.5, luma, images)
+
+
 # ---- the pipeline ----
 
 
@@ -179,6 +266,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         classifier: `MediSynLatentClassifier` of the noised latents, for `class_label`.
         known_words: see `unknown_words`.
         prompt_labels: see `labels_of_prompt`.
+        prompt_vocabulary: `{"spellings": ..., "modalities": ...}`, see `known_spelling` and `combination_warning`.
 
     Raises:
         ValueError: an unknown kind in `image_tokens` or `conditions`.
@@ -205,6 +293,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         image_noise: dict | None = None,
         known_words: list[str] | None = None,
         prompt_labels: list[dict] | None = None,
+        prompt_vocabulary: dict | None = None,
     ) -> None:
         """Register the components; see the class."""
         super().__init__()
@@ -228,6 +317,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         self.register_modules(image_encoder=image_encoder, feature_extractor=feature_extractor, classifier=classifier)
         self.register_to_config(label_schema=label_schema, image_tokens=image_tokens, conditions=conditions)
         optional = {"image_noise": image_noise, "known_words": known_words, "prompt_labels": prompt_labels}
+        optional |= {"prompt_vocabulary": prompt_vocabulary}
         for name, value in optional.items():
             if value is not None:  # not written for models without it
                 self.register_to_config(**{name: value})
@@ -299,39 +389,111 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             return None
         fields = self.label_schema["fields"]
         found = []
-        for text in [prompt] if isinstance(prompt, str) else prompt:
+        for text in self.known_spelling(prompt):
             labels: dict[str, str] = {}
             for rule in rules:
                 patterns = ("|".join(map(re.escape, phrases)) for phrases in rule["all"])
                 stated = r"(?<!\w)(?<!\bno )(?<!\bwithout )(?:{})(?!\w)"
-                if all(re.search(stated.format(pattern), text or "", re.IGNORECASE) for pattern in patterns):
+                if all(re.search(stated.format(pattern), text, re.IGNORECASE) for pattern in patterns):
                     labels |= {field: value for field, value in rule["labels"].items() if field in fields}
             found.append(labels)
         return found if any(found) else None
 
+    def _adapter_words(self) -> list[set[str]]:
+        """The words of the captions of each adapter that is in use."""
+        lora = self._medisyn_lora()
+        adapters = [] if lora is None else lora.loaded_adapters(self).values()
+        return [set(words_of(one.manifest["captions"])) for one in adapters if one.manifest and one.weight]
+
+    def _known_words(self) -> set[str] | None:
+        """What the model and its adapters were taught; None where `known_words` does not say it."""
+        if self.config.get("known_words") is None or self.tokenizer is None:
+            return None
+        return set(self.config.known_words).union(words_of(self.tokenizer.get_added_vocab()), *self._adapter_words())
+
+    def known_spelling(self, prompt: str | Sequence[str | None]) -> list[str]:
+        """Prompts with unknown words as the model knows them, "tumours" as "tumor"; what it knows is never changed.
+
+        By the rules `[pattern, replacement]` of `prompt_vocabulary`, for whole words in any case; then plurals and
+        British spellings of exactly one known word. None is "". Without `known_words`, prompts stay as they are.
+        """
+        texts = [prompt] if isinstance(prompt, str) else [text or "" for text in prompt]
+        known = self._known_words()
+        if known is None:
+            return texts
+
+        def by_rule(match: re.Match, replacement: str) -> str:
+            before, after = match.group(), match.expand(replacement)
+            return before if known.intersection(words_of([before])).difference(words_of([after])) else after
+
+        def by_form(match: re.Match) -> str:
+            word = match.group().lower()
+            same = [] if word in known else [one for one in known if plain_spelling(one) == plain_spelling(word)]
+            return same[0] if len(same) == 1 else match.group()
+
+        for pattern, replacement in (self.config.get("prompt_vocabulary") or {}).get("spellings", ()):
+            whole, change = rf"(?<!\w)(?:{pattern})(?!\w)", partial(by_rule, replacement=replacement)
+            texts = [re.sub(whole, change, text, flags=re.IGNORECASE) for text in texts]
+        return [re.sub(WORD, by_form, text) for text in texts]
+
     def unknown_words(self, prompt: str | Sequence[str | None]) -> dict[str, list[str]]:
-        """Words that no training caption had, each with the nearest known ones.
+        """Words that no training caption had, in any spelling that is understood, each with the nearest known ones.
 
         Empty where the model does not record what its text encoder, made for its captions, was taught (`known_words`,
-        small letters). Words of a loaded adapter count as known; numbers and single letters are not looked at.
+        small letters). Words of adapters count as known; numbers and single letters are not looked at.
         """
-        if self.config.get("known_words") is None or self.tokenizer is None:
-            return {}
-        known = {*self.config.known_words, *words_of(self.tokenizer.get_added_vocab())}
-        words = words_of([prompt] if isinstance(prompt, str) else prompt)
-        return {word: difflib.get_close_matches(word, known) for word in words if word not in known}
+        known = self._known_words()
+        words = [] if known is None else words_of(self.known_spelling(prompt))
+        return {word: nearest_words(word, known) for word in words if word not in known}
 
-    def warn_of_unknown_words(self, prompt: str | Sequence[str | None]) -> None:
-        """One warning of the `unknown_words` that were not warned of before, with known ones in their place."""
-        new = {word: near for word, near in self.unknown_words(prompt).items() if word not in self._warned_of}
-        self._warned_of.update(new)
-        if not new:
-            return
-        said = [f"{word!r}" + (f" (near: {', '.join(near)})" if near else "") for word, near in new.items()]
+    def prompt_warnings(
+        self, prompt: str | Sequence[str | None], alone: bool = True, again: bool = False
+    ) -> list[str]:
+        """Lines on the `unknown_words` and by `combination_warning` of prompts, each once, with what is known instead.
+
+        Args:
+            prompt: what has words of an adapter only, or a word that an adapter added, is not looked at for more.
+            alone: see `combination_warning`.
+            again: whether to repeat what was returned before.
+        """
+        if again:
+            self._warned_of.clear()
+        known = self._known_words()
+        if known is None:
+            return []
+        vocabulary = (self.config.get("prompt_vocabulary") or {}).get("modalities", [])
+        added = known.difference(self.config.known_words)
+        unknown: dict[tuple[str, str], dict[str, list[str]]] = {}  # what to say before and after the words
+        lines = []
+        for text in dict.fromkeys(text for text in self.known_spelling(prompt) if text.strip()):
+            words = words_of([text])
+            of_adapter = added.intersection(words) or any(taught.issuperset(words) for taught in self._adapter_words())
+            modalities = [] if of_adapter else vocabulary
+            named = [one for one in modalities if stated(one["terms"], text)]
+            before, after = "no caption that this model was trained on has the words: ", ""
+            if named:
+                after = f"; {known_findings(named)}"
+            elif modalities:
+                names = ", ".join(one["name"] for one in modalities)
+                before = f"the prompt names none of the modalities that this model was trained on ({names}), and "
+                before += "no caption has the words: "
+            new = {word: nearest_words(word, known) for word in words if word not in known | self._warned_of}
+            self._warned_of.update(new)
+            unknown.setdefault((before, after), {}).update(new)
+            if modalities:
+                lines.append(combination_warning(text, modalities, alone and known.issuperset(words)))
+        lines = [self._unknown_line(*around, near) for around, near in unknown.items() if near] + lines
+        lines = [line for line in dict.fromkeys(lines) if line is not None and line not in self._warned_of]
+        self._warned_of.update(lines)
+        return lines
+
+    def _unknown_line(self, before: str, after: str, words: Mapping[str, Sequence[str]]) -> str:
+        said = [f"{word!r}" + (f" (near: {', '.join(near)})" if near else "") for word, near in words.items()]
         said = said[:10] + ([f"and {len(said) - 10} more"] if len(said) > 10 else [])
-        longest = sorted(self.config.known_words, key=len, reverse=True)[:12]  # terms rather than small words
-        others = "" if all(new.values()) else f"; it knows, among others: {', '.join(longest)}"
-        logger.warning(f"no caption that this model was trained on has the words: {', '.join(said)}{others}")
+        if before.startswith("no caption") and not after and not all(words.values()):
+            longest = sorted(self.config.known_words, key=len, reverse=True)[:12]  # terms rather than small words
+            after = f"; it knows, among others: {', '.join(longest)}"
+        return f"{before}{', '.join(said)}{after}"
 
     def encode_image(self, image: Images) -> Tensor:
         """Image tokens (B, 1, image_width), or (B, patches, image_width) for `image_tokens="patch"`.
@@ -495,9 +657,9 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of latents on the UNet's scale."""
+        """Images (B, 3, H, W) in [-1, 1] of latents on the UNet's scale; `neutral_greys` of them."""
         latents = self.unscale_latents(latents).to(self.vae.device, self.vae.dtype)
-        return self.vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
+        return neutral_greys(self.vae.decode(latents, return_dict=False)[0].clamp(-1, 1))
 
     # ---- sampling ----
 
@@ -590,13 +752,18 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             valid = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs {list(tensors)} are not some of: {valid}")
 
-    def _encode(self, given: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The embeddings of the kinds that a call uses, and the nulls of the same kinds; (1 or B, ...) each."""
+    def _encode(self, given: Mapping[str, Any], alone: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The embeddings of the kinds that a call uses, and the nulls of the same kinds; (1 or B, ...) each.
+
+        Args:
+            given: the arguments of the call.
+            alone: whether nothing but the prompt says what to make.
+        """
         negative = given["negative_prompt_embeds"]
         if given["negative_prompt"] is not None:
-            negative = self.encode_prompt(given["negative_prompt"])
+            negative = self.encode_prompt(self.known_spelling(given["negative_prompt"]))
         encoders: dict[str, Any] = {
-            "text": self.encode_prompt,
+            "text": lambda prompt: self.encode_prompt(self.known_spelling(prompt)),
             "image": self.encode_image,
             "labels": self.encode_labels,
         }
@@ -604,7 +771,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         for kind, name in zip(KINDS, ("prompt", "image", "labels"), strict=True):
             if given[name] is not None:
                 if name == "prompt":
-                    self.warn_of_unknown_words(given[name])
+                    for line in self.prompt_warnings(given[name], alone):
+                        logger.warning(line)
                 embeds[kind] = encoders[kind](given[name])
             elif given[EMBEDS_NAMES[kind]] is not None:
                 embeds[kind] = given[EMBEDS_NAMES[kind]]
@@ -781,6 +949,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         rows, columns = (size, size) if isinstance(size, int) else size
         height = rows * self.vae_scale_factor if height is None else height
         width = columns * self.vae_scale_factor if width is None else width
+        guides = (image, image_embeds, labels, label_embeds, init_image, class_label)
+        alone = all(guide is None for guide in guides)
         if labels is None and label_embeds is None and prompt is not None:
             labels = self.labels_of_prompt(prompt)
         given = {"prompt": prompt, "image": image, "labels": labels, "negative_prompt": negative_prompt}
@@ -802,7 +972,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
         # 2. encode: embeddings and nulls of the kinds in use, and the image to start from
         with _scaled_lora(self.text_encoder, (cross_attention_kwargs or {}).get("scale", 1.0)):
-            embeds, nulls = self._encode(given)
+            embeds, nulls = self._encode(given, alone)
         inputs = embeds | {f"negative {kind}": null for kind, null in nulls.items()}
         if init_image is not None:
             pixels = self.image_processor.preprocess(init_image, height=height, width=width)

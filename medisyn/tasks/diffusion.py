@@ -45,8 +45,9 @@ from medisyn.data.preprocessing import Preprocessor
 from medisyn.decoder_adapter import find_decoder_lora, load_decoder_lora
 from medisyn.loading import base_name
 from medisyn.losses import diffusion_target, min_snr_weights
-from medisyn.paraphrases import known_phrases, perhaps_paraphrase
-from medisyn.pipelines.medisyn_pipeline import MediSynPipeline, words_of
+from medisyn.paraphrases import perhaps_paraphrase
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.prompt_vocabulary import record_vocabulary
 from medisyn.tasks.base import (
     POSTERIOR,
     TrainingTask,
@@ -242,13 +243,12 @@ class DiffusionTask(TrainingTask):
         return embeds
 
     def _record_known_words(self) -> None:
-        """Of a text encoder that was made for the captions: what it was taught (see `unknown_words`)."""
+        """Of a text encoder that was made for the captions: what it was taught, for warnings of prompts."""
         known = self.pipe.config.get("known_words")
         text = next((c for c in self.options.conditions if isinstance(c, TextConditionConfig)), None)
         if text is None or not text.train_encoder or text.encoder or (self.options.base and known is None):
             return
-        taught = words_of([*self.images.captions, *(known_phrases() if text.paraphrase else [])])
-        self.pipe.register_to_config(known_words=sorted({*(known or []), *taught}))
+        record_vocabulary(self.pipe, self.images.captions, paraphrased=bool(text.paraphrase))
 
     def _unet_conditions(
         self, embeds: Mapping[str, Tensor], keep: Mapping[str, Tensor] | None = None, batch_size: int = 1
