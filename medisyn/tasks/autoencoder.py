@@ -89,6 +89,8 @@ class AutoencoderTask(TrainingTask):
             self.discriminator = patch_discriminator(self.options.discriminator_channels)
         self.consistency = ClassConsistency(len(self.classes)) if self.options.class_weight else None
         perceptual = build_perceptual(self.options.perceptual, self.options.perceptual_weights)
+        if self.options.structure_weight:
+            structure_difference(*torch.zeros(2, 1, 3, 16, 16))  # what it lacks is said now, not in the first step
         self._frozen = (perceptual,)  # a tuple keeps it out of the module registry: neither trained nor saved
 
     def _choose_labelled(self) -> None:
