@@ -2,7 +2,7 @@ r"""What a model that was trained on captions of `medisyn.prompts` records about
 
 - `MediSynPipeline` reads it (`prompt_vocabulary` in `model_index.json`): it warns of what was never together in a
   caption ("breast MRI"), lists what it has instead, and reads everyday spellings ("60M", "xrays") as its own words.
-- Only what the captions have is recorded. A model with other captions as well records nothing and is left alone.
+- Only what the captions have is recorded. A model with other captions as well records no modalities of its own.
 - `spellings` are `[pattern, replacement]` of `re.sub`, for whole words in any case. Plurals and British spellings of
   known words need none.
 
@@ -50,7 +50,7 @@ DETAILS: Mapping[str, tuple[str, ...]] = {
     "fundus photography": (*LATERALITIES, "OS", "OD"),
 }
 
-_YEARS = r"[ -]*(?:y/?o?|yrs?|years?)(?:[ -]?old)?"
+_YEARS = r"[ -]*(?:y\.?/?o?\.?|yrs?|years?)(?:[ -]?old)?"
 SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"(\w+)['’]s", r"\1"),
     (r"x[ -]?rays?", "X-ray"),
@@ -63,11 +63,12 @@ SPELLINGS: tuple[tuple[str, str], ...] = (
         for sex, person in (("m(?:ale)?", "man"), ("f(?:emale)?", "woman"))
         for pattern in (
             rf"(\d{{1,3}}){_YEARS}[ ,/-]*{sex}",
-            rf"(?<!-)(\d{{2,3}})[ ,/-]*{sex}",
-            rf"{sex}[ ,/-]*(\d{{1,3}})(?:{_YEARS}|(?![ -]*year))",
+            rf"(?<!-)(\d{{2}})[ /]?{sex}",
+            rf"{sex}[ ,/-]*(\d{{1,3}}){_YEARS}",
+            rf"{sex}[ /]?(\d{{2}})(?![ -]*year)",
         )
     ),
-    (r"(\d{1,3})[ -]*y/?o?", r"\1-year-old"),
+    (r"(\d{1,3})[ -]*y\.?/?o?\.?", r"\1-year-old"),
     (r"yrs?", "year"),
     (r"male", "man"),
     (r"female", "woman"),
@@ -107,7 +108,7 @@ def record_vocabulary(pipe: "MediSynPipeline", captions: Iterable[str | None], p
     """Write into a pipeline's configuration what its text encoder was taught: `known_words`, `prompt_vocabulary`.
 
     Args:
-        pipe: Trained, perhaps from a base whose words it keeps.
+        pipe: Trained, perhaps from a base whose words, modalities and findings it keeps.
         captions: Of the training images.
         paraphrased: Whether training said them in other words as well (`medisyn.paraphrases`).
     """
@@ -116,6 +117,12 @@ def record_vocabulary(pipe: "MediSynPipeline", captions: Iterable[str | None], p
     captions = list(captions)
     taught = words_of([*captions, *(known_phrases() if paraphrased else [])])
     pipe.register_to_config(known_words=sorted({*(pipe.config.get("known_words") or []), *taught}))
-    vocabulary = prompt_vocabulary(captions)
-    if vocabulary is not None or pipe.config.get("prompt_vocabulary"):
+    vocabulary, earlier = prompt_vocabulary(captions), pipe.config.get("prompt_vocabulary")
+    if vocabulary is not None and earlier:
+        modalities: dict[str, dict[str, Any]] = {}
+        for one in [*earlier["modalities"], *vocabulary["modalities"]]:
+            findings = modalities.setdefault(one["name"], {**one, "findings": []})["findings"]
+            findings += [list(names) for names in one["findings"] if list(names) not in findings]
+        vocabulary["modalities"] = list(modalities.values())
+    if vocabulary is not None or earlier:
         pipe.register_to_config(prompt_vocabulary=vocabulary)

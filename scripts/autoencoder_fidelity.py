@@ -40,10 +40,12 @@ def main(
 ) -> None:
     """Print the numbers as JSON."""
     names = columns.split(",")
-    pipe, network = open_pipeline(model), load_extractor(extractor)
+    pipe = open_pipeline(model)
+    resolution = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    network = load_extractor(extractor, resolution=resolution)  # originals and reconstructions at one size
     images = open_images(real, names)
     features = extract_features(network, images, cache_dir)
-    whole = Preprocessor(network.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor, crop="center")
+    whole = Preprocessor(resolution, crop="center")
     psnr, drawn = [], []
     for rows in tqdm(
         np.array_split(np.arange(len(images)), -(-len(images) // 32)), desc="reconstructions", unit="batch"

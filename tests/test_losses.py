@@ -115,3 +115,5 @@ def test_faint_noise_on_a_flat_region_is_a_great_difference_of_structure_and_a_s
     assert structure_difference(textured + noisy, textured).item() < 0.01
     with torch.autocast("cpu", torch.bfloat16):  # as in a mixed-precision run
         assert structure_difference(textured + noisy, textured).item() < 0.01
+    half = structure_difference(noisy.half().requires_grad_(), flat.half())
+    assert half.dtype == torch.float32 and half.requires_grad and half.item() > 0.2

@@ -189,6 +189,30 @@ class TestLatents:
         else:
             assert torch.equal(images[:1], tinted)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_grey_is_left_as_it_is_in_every_precision(self, dtype):
+        grey = torch.linspace(-1, 1, 256, dtype=dtype).repeat(1, 3, 4, 1)
+        images = neutral_greys(grey)
+        assert images.dtype == dtype and images.abs().max() <= 1
+        assert torch.equal(*((part.float() * 127.5 + 127.5).round() for part in (images, grey)))
+
+    @pytest.mark.parametrize("channels", [1, 2, 4])
+    def test_only_three_channels_are_looked_at_for_colour(self, channels):
+        images = torch.rand(2, channels, 4, 4, generator=seeds(0)[0])
+        assert torch.equal(neutral_greys(images), images)
+
+    @pytest.mark.parametrize("tint", [0.5, 30.0])
+    def test_gradients_reach_an_image_that_becomes_grey_and_one_that_does_not(self, tint):
+        images = torch.zeros(1, 3, 4, 4) + tint / 127.5 * torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+        neutral_greys(images.requires_grad_()).sum().backward()
+        assert images.grad.sum().item() == pytest.approx(48.0) and (images.grad > 0).all()
+
+    def test_a_spot_of_colour_keeps_an_image_in_colour(self):
+        doppler = torch.zeros(1, 3, 128, 128)
+        doppler[:, 0, 40:52, 40:52] = 0.8  # 1 % of the area
+        assert torch.equal(neutral_greys(doppler), doppler)
+        assert doppler.sub(doppler.mean(1, keepdim=True)).abs().mean() < 2 / 127.5
+
     def test_greyscale_samples_have_one_value_in_all_channels(self):
         pipe = tiny_pipeline(vae="kl")
         head = pipe.vae.decoder.conv_out

@@ -98,6 +98,14 @@ def test_an_unknown_word_beside_a_known_modality_is_answered_with_what_that_has(
     ]
 
 
+def test_function_words_are_not_warned_of_and_negations_are(default):
+    for prompt in ("a brain MRI and a glioma in it", "melanoma from the back of a hand", "an MRI which has a glioma"):
+        assert not warnings(default, prompt)
+    assert "not say which modality" in warnings(default, "pneumonia in the lungs")[0]
+    assert set(default.unknown_words("not a melanoma, never")) == {"not", "never"}
+    assert default.known_spelling("H and E and polyps") == ["H&E and polyp"]
+
+
 def test_short_words_have_near_ones_of_the_same_letters_only(default):
     near = default.unknown_words("oct pet tc mir gliom")
     assert near == {"oct": [], "pet": [], "tc": ["ct"], "mir": ["mri"], "gliom": ["glioma"]}
@@ -118,6 +126,11 @@ def test_a_prompt_that_leaves_the_modality_open_is_said_to(default, prompt, name
     (message,) = warnings(default, prompt)
     assert "the model will choose; to choose yourself, add: " + names in message
     assert not warnings(default, prompt, alone=False)
+
+
+def test_the_line_on_an_open_prompt_agrees_with_the_number_of_its_words(default):
+    assert warnings(default, "normal chest")[0].startswith("'normal' and 'chest' do not say which modality is meant")
+    assert warnings(default, "normal")[0].startswith("'normal' does not say")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +154,7 @@ def test_what_says_enough_is_left_alone(default, prompt):
         ("cxr's, CTs, MRIs", "cxr, ct, MRI"),
         ("H and E, H & E", "H&E, H&E"),
         ("melanoma, 60M", "melanoma, 60-year-old man"),
+        ("60 y.o. man", "60-year-old man"),
         ("60yo male", "60-year-old man"),
         ("60 y/o F", "60-year-old woman"),
         ("F 45", "45-year-old woman"),
@@ -152,7 +166,18 @@ def test_what_says_enough_is_left_alone(default, prompt):
 )
 def test_everyday_spellings_are_read_as_known_words(default, prompt, understood):
     assert default.known_spelling([prompt, None]) == [understood, ""]
-    assert set(default.unknown_words(prompt)) <= {"and"}
+    assert not default.unknown_words(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["X-ray M, 3 views", "man, 2 cm", "CT 100 m"])
+def test_numbers_that_are_no_age_stay(default, prompt):
+    assert default.known_spelling(prompt) == [prompt]
+
+
+@pytest.mark.parametrize("prompt", ["colonoscopy, no polyp", "CT, no finding", "CXR, negative"])
+def test_words_that_deny_a_finding_are_no_finding_of_another_modality(default, prompt):
+    assert not [line for line in warnings(default, prompt) if line.startswith("this model was not trained on 'no'")]
+    assert not [line for line in warnings(default, prompt) if "'finding'" in line or "'negative'" in line]
 
 
 def test_images_of_an_everyday_spelling_are_those_of_the_known_one(pipe):
@@ -189,6 +214,13 @@ def test_models_of_other_captions_record_no_vocabulary_and_are_left_alone():
     assert few.config.prompt_vocabulary is None and {"knee", "cxr"} <= set(few.config.known_words)
 
 
+def test_training_goes_on_from_a_base_with_the_modalities_and_findings_that_it_had():
+    few = pipeline(all_captions()[:2])  # two findings of chest X-rays
+    record_vocabulary(few, all_captions()[1:4])  # the second, the third, and the first of CT
+    assert few.config.prompt_vocabulary == prompt_vocabulary(all_captions()[:4])
+    assert not warnings(few, "chest X-ray, normal")
+
+
 def test_findings_that_no_caption_had_are_not_in_the_vocabulary():
     (mri,) = prompt_vocabulary(["brain MRI slice showing a glioma"])["modalities"]
     assert mri["findings"] == [["glioma"]] and "'tumor'" not in str(mri)
@@ -202,6 +234,13 @@ def test_what_an_adapter_was_taught_is_left_alone():
     assert warnings(default, "breast MRI")
     default.disable_lora()
     assert "does not say which modality" in warnings(default, "lesion")[0]
+
+
+def test_a_function_word_of_an_adapter_does_not_hide_what_was_never_together(monkeypatch):
+    pipe = pipeline()
+    monkeypatch.setattr(pipe, "_adapter_words", lambda: [{"mammogram", "in", "grey"}])
+    assert "'breast'" in warnings(pipe, "breast in an MRI")[0]
+    assert not warnings(pipe, "mammogram of the grey")
 
 
 def test_unknown_words_are_named_once_and_at_most_ten(caplog):

@@ -65,6 +65,13 @@ EMBEDS_NAMES = {"text": "prompt_embeds", "image": "image_embeds", "labels": "lab
 KINDS = tuple(EMBEDS_NAMES)
 NOISE_CHANNELS = 16  # of the noise level, behind the features of an image token
 WORD = r"[^\W\d_]{2,}"
+# Not warned of though no caption has them. Negations are not among them: they change what is asked for.
+FUNCTION_WORDS = frozenset(
+    "an and are as at be been being both but by each for from had has have having her his if in into is it its of "
+    "on or our some such than that the their them then there these they this those through to was were when where "
+    "which while who whose will with within you your".split()
+)
+NEUTRAL_WORDS = frozenset("no without negative finding findings".split())  # of a finding, which alone name none
 PLAIN_ENDINGS = (
     (r"(?<=\w\w)ies$", "y"),
     (r"(?<=[ao]s)es$", "is"),  # keratoses
@@ -119,7 +126,7 @@ def combination_warning(text: str, modalities: Sequence[Mapping], alone: bool = 
         alone: whether only the prompt can say which modality is meant; otherwise it may leave that open.
     """
     wordings = [[wording for names in one["findings"] for wording in names] for one in modalities]
-    telling = [set(words_of([*one["anatomy"], *wordings[i]])) for i, one in enumerate(modalities)]
+    telling = [set(words_of([*one["anatomy"], *wordings[i]])) - NEUTRAL_WORDS for i, one in enumerate(modalities)]
     own = [telling[i].union(words_of([*one["terms"], *one["details"]])) for i, one in enumerate(modalities)]
     content = set().union(*telling, words_of(detail for one in modalities for detail in one["details"]))
     asked = [word for word in words_of([text]) if word in content]
@@ -138,8 +145,9 @@ def combination_warning(text: str, modalities: Sequence[Mapping], alone: bool = 
     unique = any(found.count(wording) == 1 for wording in found)  # of one modality only
     if not alone or unique or (len(best) == 1 and not telling[modalities.index(best[0])].isdisjoint(asked)):
         return None
-    said, names = " and ".join(map(repr, asked)) or "the prompt", ", ".join(one["name"] for one in best)
-    return f"{said} does not say which modality is meant, so the model will choose; to choose yourself, add: {names}"
+    said = " and ".join(map(repr, asked)) or "the prompt"
+    verb, names = "do" if len(asked) > 1 else "does", ", ".join(one["name"] for one in best)
+    return f"{said} {verb} not say which modality is meant, so the model will choose; to choose yourself, add: {names}"
 
 
 # ---- labels as vectors ----
@@ -237,11 +245,16 @@ def neutral_greys(images: Tensor) -> Tensor:
 
     Args:
         images: (B, 3, H, W) in [-1, 1]. An image has no colour where its channels are on average less than 2 of 255
-            levels from their mean.
+            levels from their mean, and less than 16 within every 8 x 8 pixels (a spot of Doppler is colour). With
+            another number of channels they are returned as they are.
     """
+    if images.shape[1] != 3:
+        return images
     luma = (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
-    tint = (images - images.mean(dim=1, keepdim=True)).abs().mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(tint < 2 / 127.5, luma, images)
+    tint = (images - images.mean(dim=1, keepdim=True)).abs().mean(dim=1, keepdim=True)
+    spots = torch.nn.functional.avg_pool2d(tint, min(8, *tint.shape[2:]), ceil_mode=True)
+    is_grey = (tint.mean(dim=(2, 3)) < 2 / 127.5) & (spots.amax(dim=(2, 3)) < 16 / 127.5)
+    return torch.where(is_grey[:, :, None, None], luma, images)
 
 
 # ---- the pipeline ----
@@ -393,8 +406,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             labels: dict[str, str] = {}
             for rule in rules:
                 patterns = ("|".join(map(re.escape, phrases)) for phrases in rule["all"])
-                stated = r"(?<!\w)(?<!\bno )(?<!\bwithout )(?:{})(?!\w)"
-                if all(re.search(stated.format(pattern), text, re.IGNORECASE) for pattern in patterns):
+                whole = r"(?<!\w)(?<!\bno )(?<!\bwithout )(?:{})(?!\w)"
+                if all(re.search(whole.format(pattern), text, re.IGNORECASE) for pattern in patterns):
                     labels |= {field: value for field, value in rule["labels"].items() if field in fields}
             found.append(labels)
         return found if any(found) else None
@@ -428,7 +441,8 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
         def by_form(match: re.Match) -> str:
             word = match.group().lower()
-            same = [] if word in known else [one for one in known if plain_spelling(one) == plain_spelling(word)]
+            form = plain_spelling(word)
+            same = [] if word in known else [one for one in known if plain_spelling(one) == form]
             return same[0] if len(same) == 1 else match.group()
 
         for pattern, replacement in (self.config.get("prompt_vocabulary") or {}).get("spellings", ()):
@@ -440,11 +454,11 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Words that no training caption had, in any spelling that is understood, each with the nearest known ones.
 
         Empty where the model does not record what its text encoder, made for its captions, was taught (`known_words`,
-        small letters). Words of adapters count as known; numbers and single letters are not looked at.
+        small letters). Words of adapters count as known. `FUNCTION_WORDS`, numbers and single letters are left out.
         """
         known = self._known_words()
         words = [] if known is None else words_of(self.known_spelling(prompt))
-        return {word: nearest_words(word, known) for word in words if word not in known}
+        return {word: nearest_words(word, known) for word in words if word not in known | FUNCTION_WORDS}
 
     def prompt_warnings(
         self, prompt: str | Sequence[str | None], alone: bool = True, again: bool = False
@@ -466,7 +480,7 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         unknown: dict[tuple[str, str], dict[str, list[str]]] = {}  # what to say before and after the words
         lines = []
         for text in dict.fromkeys(text for text in self.known_spelling(prompt) if text.strip()):
-            words = words_of([text])
+            words = [word for word in words_of([text]) if word not in FUNCTION_WORDS]
             of_adapter = added.intersection(words) or any(taught.issuperset(words) for taught in self._adapter_words())
             modalities = [] if of_adapter else vocabulary
             named = [one for one in modalities if stated(one["terms"], text)]
@@ -477,9 +491,9 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 names = ", ".join(one["name"] for one in modalities)
                 before = f"the prompt names none of the modalities that this model was trained on ({names}), and "
                 before += "no caption has the words: "
-            new = {word: nearest_words(word, known) for word in words if word not in known | self._warned_of}
+            new = [word for word in words if word not in known and word not in self._warned_of]
             self._warned_of.update(new)
-            unknown.setdefault((before, after), {}).update(new)
+            unknown.setdefault((before, after), {}).update({word: nearest_words(word, known) for word in new})
             if modalities:
                 lines.append(combination_warning(text, modalities, alone and known.issuperset(words)))
         lines = [self._unknown_line(*around, near) for around, near in unknown.items() if near] + lines

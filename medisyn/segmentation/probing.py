@@ -87,7 +87,7 @@ def run_unet(pipe: MediSynPipeline, latents: Tensor, probe: Probe) -> Iterator[t
         raise ValueError(f"timestep must be in 0..{last}, not {probe.timestep}")
     if probe.prompt is not None and "text" not in pipe.kinds:
         raise ValueError(f"prompt: this model has no text condition; it has: {', '.join(pipe.kinds) or 'none'}")
-    tokens = None if probe.prompt is None else pipe.encode_prompt(probe.prompt)
+    tokens = None if probe.prompt is None else pipe.encode_prompt(pipe.known_spelling(probe.prompt))
     timestep = torch.tensor([probe.timestep], device=pipe.unet.device)
     for start in range(0, len(latents), BATCH):
         part = latents[start : start + BATCH].to(pipe.unet.device)
