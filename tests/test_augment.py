@@ -16,6 +16,7 @@ from medisyn.augmentation_checks import check_labels, find_uncompared
 from medisyn.augmented_dataset import write_dataset
 from medisyn.cli import app
 from medisyn.data.loading import load_images
+from medisyn.data.subsets import stratified_subset
 from medisyn.evaluation.utility_classifier import CnnClassifier
 from medisyn.evaluation.utility_inputs import check_classes, choose_labels, open_labelled
 from medisyn.generation.class_requests import class_requests, spread_requests
@@ -277,6 +278,15 @@ def write_run(folder, hashes, task, learnt=()):
     if learnt:
         write_training_record(folder / "classifier", {"hashes": list(learnt), "datasets": []})
     return str(folder)
+
+
+def test_the_labelled_images_are_those_that_a_training_run_takes_with_the_same_fraction_and_seed(tmp_path):
+    folder = write_labelled(tmp_path / "many", 40, 3)
+    images = load_images(folder)
+    for seed in (0, 1):
+        rows = stratified_subset(images.column("finding"), images.column("group_id"), 0.2, seed)
+        few = choose_labels(open_labelled(folder, "finding"), 0.2, seed)
+        assert few.hashes == images.select(rows).hashes() and len(few) < len(images) / 2
 
 
 def test_a_generator_that_learnt_from_other_labels_is_refused(data, tmp_path):

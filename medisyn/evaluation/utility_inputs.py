@@ -152,7 +152,8 @@ def choose_labels(real: LabelledImages, amount: float, label_seed: int = 0) -> L
     """All labelled images for a number of them (drawn fold by fold), or the fixed small part for a share up to 1."""
     if amount > 1:
         return real
-    return real.select(stratified_subset(real.labels, real.groups, amount, label_seed))
+    names = [group[1] if isinstance(group, tuple) else None for group in real.groups]  # as a training run reads them
+    return real.select(stratified_subset(real.labels, names, amount, label_seed))
 
 
 def split_folds(data: LabelledImages, folds: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
