@@ -60,6 +60,18 @@ def test_an_autoencoder_is_measured_without_its_diffusion_model(tmp_path):
     assert found["finding_agreement"]["real"][0] >= 0.9 > found["finding_agreement"]["reconstructed"][0]
 
 
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [("text",), ()])
+def test_the_speed_of_any_model_is_measured(tmp_path, kinds):
+    tiny_pipeline(kinds).save_pretrained(tmp_path / "model")
+    done = script("benchmarks/sampling_speed", tmp_path / "model", "--images", 2, "--steps", 1, "--rounds", 2)
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["images"] == 2 and found["load_seconds"] > 0 and found["batch_seconds"] > 0
+
+
 # ---- segmentation ---------------------------------------------------------------------------------------------------
 
 

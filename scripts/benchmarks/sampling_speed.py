@@ -1,0 +1,51 @@
+r"""How long a model takes to load and to draw: wall-clock seconds, the median of several rounds.
+
+python scripts/benchmarks/sampling_speed.py default --images 8 --threads 2
+"""
+
+import json
+import time
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+
+from medisyn.console import one_line_errors
+from medisyn.loading import load_pipeline
+
+PROMPT = "frontal chest X-ray of a child with clear lungs"
+
+
+def main(
+    model: Annotated[str, typer.Argument(help='Folder, Hub name or "default".')] = "default",
+    images: Annotated[int, typer.Option(min=1, help="Drawn in one batch.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; by default those of the pipeline.")] = None,
+    prompt: Annotated[str, typer.Option(help="For a model with a text condition.")] = PROMPT,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Print seconds of loading and of a batch as one JSON line."""
+    if threads:
+        torch.set_num_threads(threads)
+    loading, drawing = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        pipe = load_pipeline(model)
+        loading.append(time.perf_counter() - start)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    options = {} if steps is None else {"num_inference_steps": steps}
+    given = {"prompt": [prompt] * images} if "text" in pipe.kinds else {"num_images_per_prompt": images}
+    for seed in range(rounds + 1):
+        generators = [torch.Generator().manual_seed(seed * images + index) for index in range(images)]
+        start = time.perf_counter()
+        pipe(**given, generator=generators, **options)
+        drawing.append(time.perf_counter() - start)
+    numbers = {"load_seconds": median(loading), "batch_seconds": median(drawing[1:])}  # the first one warms up
+    print(json.dumps({"model": model, "images": images, "threads": torch.get_num_threads()} | numbers))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        typer.run(main)
