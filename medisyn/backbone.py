@@ -199,8 +199,8 @@ def create_autoencoder(preset: str = "mini") -> Autoencoder:
 
 
 def _settings(pipe: MediSynPipeline) -> dict[str, Any]:
-    names = ("label_schema", "image_tokens", "conditions", "image_noise", "known_words")
-    names += ("prompt_labels", "prompt_vocabulary")
+    names = ["label_schema", "image_tokens", "conditions", "image_noise", "known_words"]
+    names += ["prompt_labels", "prompt_vocabulary"]
     return {name: pipe.config[name] for name in names if name in pipe.config}
 
 
