@@ -32,8 +32,8 @@ EMBEDDED = "default"  # names the model in the package
 _ATTENTION, _OTHERS = "to_q to_k to_v to_out.0", "proj net.2 proj_in proj_out time_emb_proj"
 _CONVOLUTIONS = "conv1 conv2 conv_shortcut conv conv_in conv_out"
 EMBEDDED_LAYERS = tuple(f"{_ATTENTION} {_OTHERS} {_CONVOLUTIONS}".split())
-EMBEDDED_PRIOR = 0.3  # share of the drawn rows
-PRIOR_IMAGES = 400
+EMBEDDED_PRIOR = 0.5  # share of the drawn rows
+PRIOR_IMAGES = 600
 
 # argument -> what is done instead
 IGNORED = {

@@ -181,7 +181,7 @@ def test_the_embedded_default_is_adapted_as_in_its_recipes(folder):
     task, recipe = config.task, RECIPE.task
     assert (task.conditions, task.prior) == (recipe.conditions, recipe.prior)
     assert set(task.lora.target_modules) == set(recipe.lora.target_modules) and task.lora.text_encoder
-    assert all(name in note for name in ("--lora_layers", "--no-train_text_encoder", "--new_words", "30%"))
+    assert all(name in note for name in ("--lora_layers", "--no-train_text_encoder", "--new_words", "50%"))
 
     own = arguments_of(folder, "--center_crop --lora_layers to_q --no-train_text_encoder --new_words none")
     own.pretrained_model_name_or_path, own.prior_fraction = "default", 0.0
