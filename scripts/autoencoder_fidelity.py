@@ -16,7 +16,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -53,7 +52,7 @@ def main(
         originals = torch.stack([whole(images.image(row)) for row in rows])
         reconstructions = reconstruct(pipe, originals)
         psnr += peak_signal_to_noise_ratio(reconstructions, originals).tolist()
-        drawn.append(network(to_pil(reconstructions)).numpy())
+        drawn.append(network(pipe.image_processor.postprocess(reconstructions, output_type="pil")).numpy())
     reconstructed = np.concatenate(drawn)
 
     values, groups = nested_values(images, names), groups_of(images, group_column)
@@ -89,12 +88,6 @@ def reconstruct(pipe, images: Tensor) -> Tensor:
     moments = pipe.encode_latents(images)
     decoded = pipe.decode_latents(pipe.scale_latents(moments["mean"])).float().cpu()
     return (decoded * 127.5 + 127.5).round() / 127.5 - 1
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images in [-1, 1] as pictures."""
-    pixels = (images * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(image) for image in pixels]
 
 
 def mean_by(numbers: list[float], values: list[str | None]) -> dict[str, float]:
