@@ -14,6 +14,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from .decoder_adapter import (
 from .generation.provenance import ADAPTERS, low_rank_hash
 from .loading import find_adapter, load_pipeline, load_plain_lora, low_rank_names
 from .pipelines.medisyn_pipeline import MediSynPipeline
+from .prompt_vocabulary import record_vocabulary
 
 
 @dataclass
@@ -252,6 +254,9 @@ def fuse_adapters(pipe: MediSynPipeline) -> None:
         Stock.unload_lora_weights(pipe)
     fuse_decoder_adapters(pipe.vae, {name: adapter.weight for name, adapter in state.adapters.items()})
     extension.fuse_extensions(pipe)
+    taught = [one.manifest["captions"] for one in state.adapters.values() if one.manifest and one.weight]
+    if taught and pipe.config.get("known_words") is not None:  # its words are the model's own now
+        record_vocabulary(pipe, chain(*taught))
     delattr(pipe, ADAPTERS)
 
 

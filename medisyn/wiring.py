@@ -2,8 +2,8 @@
 
 - Every weight that still fits is copied. In `encoder_hid_proj`, the layer that tokens pass when their width is not the
   UNet's or when text and images come together, a kind keeps its columns; one that went in directly gets the identity.
-- A rewired model starts out as the one it came from: new label projections are zeros, absent images are masked, and
-  latent channels that were not there read as zeros. Two things have to be learned: another text or image encoder, and
+- A rewired model starts out as the one it came from: new label projections are zeros, another label schema keeps the
+  columns of the values that both have, absent images are masked, and latent channels that were not there read as zeros. Two things have to be learned: another text or image encoder, and
   the pooled tokens beside the time step (`addition_embed_type="text"`, as in the presets mini and small) once the
   width of all tokens together changes, as when images join text. That pool normalises over the width and knows no
   mask, so no copy of its weights could give the old values; its new parameters start at random.
@@ -21,7 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from medisyn.conditions import Condition, conditions_of, unet_kwargs
-from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline
+from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline, field_values
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         wanted["addition_embed_type_num_heads"] = math.gcd(heads, width or old.config.cross_attention_dim)
     changes = {name: value for name, value in wanted.items() if old.config[name] != value}
     widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
+    schema = next((one.components()["label_schema"] for one in conditions if one.kind == "labels"), None)
+    slots, known_slots = label_slots(schema), label_slots(pipe.label_schema)
     new: list[str] = []
-    if changes:
+    if changes or (slots and known_slots and slots != known_slots):
         arguments = {name: value for name, value in old.config.items() if not name.startswith("_")}
         unet = UNet2DConditionModel(**arguments | changes).to(old.device)
         if unet.dtype != old.dtype:
@@ -54,13 +56,18 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         if unet.config.encoder_hid_dim_type == "text_proj":
             before = _columns({kind: pipe.embeds_width(kind) for kind in pipe.kinds if kind != "labels"})
             new += _copy_projection(old, unet, before, _columns(widths))
+        if slots and known_slots:
+            new = [name for name in new if name != "class_embedding.weight"]
+            new += _copy_labels(old, unet, known_slots, slots)
         pipe.register_modules(unet=unet.train(old.training))
 
     present = {condition.kind for condition in conditions}
     components = dict.fromkeys(name for name in pipe._optional_components if name != "classifier")
     settings: dict[str, Any] = {"label_schema": None, "image_tokens": "global"}
     settings |= {"image_noise": None} if pipe.config.get("image_noise") else {}
-    settings |= {"known_words": None} if pipe.config.get("known_words") and "text" not in present else {}
+    lost = [] if "text" in present else ["known_words", "prompt_vocabulary"]
+    lost += [] if "labels" in present and slots == known_slots else ["prompt_labels"]
+    settings |= {name: None for name in lost if pipe.config.get(name)}
     for condition in conditions:
         for name, value in condition.components().items():
             (components if name in components else settings)[name] = value
@@ -114,6 +121,22 @@ def _copy_weights(old: UNet2DConditionModel, new: UNet2DConditionModel) -> list[
     if "class_embedding.bias" in fresh:
         new.class_embedding.bias.zero_()
     return fresh
+
+
+def label_slots(schema: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What each column of a schema's vectors stands for: (field, value); none without a schema."""
+    fields = schema["fields"] if schema else {}
+    return [(code, value) for code, field in fields.items() for value in field_values(field)]
+
+
+@torch.no_grad()
+def _copy_labels(old: UNet2DConditionModel, new: UNet2DConditionModel, old_slots: list, new_slots: list) -> list[str]:
+    """Fill `class_embedding` slot by slot; returns what starts at zero."""
+    source, target = old.class_embedding.weight, new.class_embedding.weight
+    fresh = [i for i, slot in enumerate(new_slots) if slot not in old_slots]
+    for i, slot in enumerate(new_slots):
+        target[:, i] = 0.0 if i in fresh else source[:, old_slots.index(slot)]
+    return [f"class_embedding.weight[:, {i}]" for i in fresh]
 
 
 @torch.no_grad()

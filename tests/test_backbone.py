@@ -151,6 +151,38 @@ class TestRewiring:
         assert adapt_unet(pipe, conditions_of(pipe)) == []
         assert pipe.unet is unet
 
+    def test_another_label_schema_keeps_the_columns_of_the_values_that_both_have(self):
+        pipe = tiny_pipeline(("text", "labels"))
+        torch.nn.init.normal_(pipe.unet.class_embedding.weight)
+        old, text = pipe.unet.class_embedding.weight.clone(), pipe.encode_prompt(["a", "b"])
+        before = predict(pipe, prompt_embeds=text, label_embeds=pipe.encode_labels(["gc=1", "gc=0"]))
+        fields = pipe.label_schema["fields"]
+        swapped = {"grade": {"type": "ordinal", "values": ["low", "high"]}} | dict(reversed(list(fields.items())))
+        new = add_condition(pipe, LabelsCondition(LabelSchema.from_dict({"name": "other", "fields": swapped})))
+        assert new == ["class_embedding.weight[:, 0]", "class_embedding.weight[:, 1]"]
+        known = predict(pipe, prompt_embeds=text, label_embeds=pipe.encode_labels(["gc=1", "gc=0"]))
+        torch.testing.assert_close(known, before)
+        graded = predict(pipe, prompt_embeds=text, label_embeds=pipe.encode_labels(["gc=1, grade=low", "gc=0"]))
+        torch.testing.assert_close(graded, before)
+        assert pipe.unet.class_embedding.weight.shape[1] == old.shape[1] + 2
+        same_width = dict(reversed(list(fields.items())))
+        add_condition(pipe, LabelsCondition(LabelSchema.from_dict({"name": "third", "fields": same_width})))
+        again = predict(pipe, prompt_embeds=text, label_embeds=pipe.encode_labels(["gc=1", "gc=0"]))
+        torch.testing.assert_close(again, before)
+
+    def test_what_belongs_to_a_condition_goes_with_it(self):
+        records = {"known_words": ["a"], "prompt_vocabulary": {"modalities": []}}
+        rules = [{"all": [["a"]], "labels": {"gc": "1"}}]
+        pipe = tiny_pipeline(("text", "labels"))
+        pipe.register_to_config(**records, prompt_labels=rules)
+        adapt_unet(pipe, conditions_of(pipe))
+        assert pipe.config.prompt_labels == rules and {name: pipe.config[name] for name in records} == records
+        other = {"name": "other", "fields": {"grade": {"type": "ordinal", "values": ["low", "high"]}}}
+        add_condition(pipe, LabelsCondition(LabelSchema.from_dict(other)))
+        assert pipe.config.prompt_labels is None and pipe.config.known_words == ["a"]
+        adapt_unet(pipe, [labels_condition()])
+        assert {name: pipe.config[name] for name in records} == dict.fromkeys(records)
+
     def test_another_encoder_of_the_same_width_is_reported(self):
         pipe = tiny_pipeline(("text", "image"))
         assert adapt_unet(pipe, [text_condition(seed=1), *conditions_of(pipe)[1:]]) == ["text_encoder"]

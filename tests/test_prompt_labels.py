@@ -63,6 +63,12 @@ def test_stated_labels_are_given_to_the_model_unless_the_caller_says_otherwise()
     np.testing.assert_array_equal(draw("a colon"), draw("a colon", labels={}))
 
 
+@pytest.mark.parametrize("prompt", [123, ["a polyp", 1], {"a": 1}])
+def test_what_is_no_text_is_refused_before_labels_are_read_from_it(default, prompt):
+    with pytest.raises(ValueError, match="prompt must be a string or a list of strings"):
+        default(prompt, num_inference_steps=1)
+
+
 def test_images_record_the_labels_that_their_prompt_stated(tmp_path):
     pipe = tiny_pipeline(("text", "labels"))
     (field, *_) = pipe.label_schema["fields"]

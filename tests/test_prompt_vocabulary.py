@@ -17,6 +17,7 @@ from medisyn.cli import app
 from medisyn.demo import Form, Studio
 from medisyn.generation.requests import Request, make_requests
 from medisyn.generation.synthesize import synthesize
+from medisyn.lora import fuse_adapters
 from medisyn.paraphrases import paraphrase
 from medisyn.pipelines.medisyn_pipeline import combination_warning, plain_spelling
 from medisyn.prompt_vocabulary import prompt_vocabulary, record_vocabulary
@@ -128,6 +129,16 @@ def test_a_prompt_that_leaves_the_modality_open_is_said_to(default, prompt, name
     assert not warnings(default, prompt, alone=False)
 
 
+def test_empty_labels_say_no_more_than_the_prompt(default, monkeypatch):
+    lines = []
+    monkeypatch.setattr("medisyn.pipelines.medisyn_pipeline.logger.warning", lines.append)
+    for labels, count in (({}, 1), ({"gc": 1}, 0)):
+        default._warned_of.clear()
+        lines.clear()
+        default("normal", labels=labels, num_inference_steps=1)
+        assert sum("the model will choose" in line for line in lines) == count
+
+
 def test_the_line_on_an_open_prompt_agrees_with_the_number_of_its_words(default):
     assert warnings(default, "normal chest")[0].startswith("'normal' and 'chest' do not say which modality is meant")
     assert warnings(default, "normal")[0].startswith("'normal' does not say")
@@ -234,6 +245,13 @@ def test_what_an_adapter_was_taught_is_left_alone():
     assert warnings(default, "breast MRI")
     default.disable_lora()
     assert "does not say which modality" in warnings(default, "lesion")[0]
+
+
+def test_what_a_fused_adapter_was_taught_is_the_model_s_own():
+    model = medisyn.load_pipeline(adapter=Path(__file__).parent.parent / "adapters" / "mammography")
+    fuse_adapters(model)
+    assert not warnings(model, ["mammogram showing a malignant lesion", "brain MRI slice showing a glioma"])
+    assert "'knee'" in warnings(model, "knee")[0]
 
 
 def test_a_function_word_of_an_adapter_does_not_hide_what_was_never_together(monkeypatch):

@@ -27,7 +27,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ def words_of(texts: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(word for text in texts if text for word in re.findall(WORD, text.lower())))
 
 
+@lru_cache(maxsize=2**16)
 def plain_spelling(word: str) -> str:
     """One form for all of a word in small letters: singular and plural, American and British."""
     for ending, other in PLAIN_ENDINGS:
@@ -964,15 +965,15 @@ class MediSynPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         height = rows * self.vae_scale_factor if height is None else height
         width = columns * self.vae_scale_factor if width is None else width
         guides = (image, image_embeds, labels, label_embeds, init_image, class_label)
-        alone = all(guide is None for guide in guides)
-        if labels is None and label_embeds is None and prompt is not None:
-            labels = self.labels_of_prompt(prompt)
+        alone = all(guide is None or (isinstance(guide, Mapping) and not guide) for guide in guides)
         given = {"prompt": prompt, "image": image, "labels": labels, "negative_prompt": negative_prompt}
         given |= {"prompt_embeds": prompt_embeds, "image_embeds": image_embeds, "label_embeds": label_embeds}
         given |= {"negative_prompt_embeds": negative_prompt_embeds}
         counts = (num_images_per_prompt, height, width)
         others = (generator, init_image, strength, output_type, callback_on_step_end_tensor_inputs)
         self.check_conditions(given)
+        if labels is None and label_embeds is None and prompt is not None:
+            given["labels"] = self.labels_of_prompt(prompt)
         self.check_inputs(num_inference_steps, guidance_scale, guidance_interval, *counts, *others)
         if not 0.0 <= guidance_rescale <= 1.0:
             raise ValueError(f"guidance_rescale must be in 0..1, not {guidance_rescale!r}")
