@@ -3,10 +3,11 @@
 - Every weight that still fits is copied. In `encoder_hid_proj`, the layer that tokens pass when their width is not the
   UNet's or when text and images come together, a kind keeps its columns; one that went in directly gets the identity.
 - A rewired model starts out as the one it came from: new label projections are zeros, another label schema keeps the
-  columns of the values that both have, absent images are masked, and latent channels that were not there read as zeros. Two things have to be learned: another text or image encoder, and
-  the pooled tokens beside the time step (`addition_embed_type="text"`, as in the presets mini and small) once the
-  width of all tokens together changes, as when images join text. That pool normalises over the width and knows no
-  mask, so no copy of its weights could give the old values; its new parameters start at random.
+  columns of the values that both have, absent images are masked, and latent channels that were not there read as
+  zeros. Two things have to be learned: another text or image encoder, and the pooled tokens beside the time step
+  (`addition_embed_type="text"`, as in the presets mini and small) once the width of all tokens together changes, as
+  when images join text. That pool normalises over the width and knows no mask, so no copy of its weights could give
+  the old values; its new parameters start at random.
 - What is newly initialised is returned by name, and so is an encoder that another one replaced.
 
     add_condition(pipe, LabelsCondition(get_schema("synfundus")))  # ['class_embedding.weight', 'class_embedding.bias']
