@@ -319,9 +319,10 @@ def test_dpm_lu_steps_at_equal_distances_of_log_snr(pipe):
     distances = np.diff(np.log(spaced.sigmas[:-1].numpy()))
     assert np.allclose(distances, distances[0], rtol=1e-3)
     assert not np.allclose(np.diff(np.log(plain.sigmas[:-1].numpy())), distances[0], rtol=0.5)
-    again = make_scheduler("dpm", spaced.config)  # a model that was saved so can be sampled the other way
-    again.set_timesteps(12)
-    assert again.timesteps.tolist() == plain.timesteps.tolist()
+    for name in ("dpm", "DPMSolverMultistepScheduler"):  # a model that was saved so can be sampled the other way
+        again = make_scheduler(name, spaced.config)
+        again.set_timesteps(12)
+        assert again.timesteps.tolist() == plain.timesteps.tolist()
 
 
 def test_diverged_image_is_an_error(tmp_path):

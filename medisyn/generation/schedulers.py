@@ -50,9 +50,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> "SchedulerMixin":
     import diffusers
 
     class_name = check_scheduler(name)
-    spacing = {"use_lu_lambdas": name.lower() == LU} if name.lower() in (LU, "dpm") else {}
+    training = {key: value for key, value in config.items() if key != "use_lu_lambdas"}
+    spacing = {"use_lu_lambdas": True} if name.lower() == LU else {}
     try:
-        return getattr(diffusers, class_name).from_config(config, **spacing)
+        return getattr(diffusers, class_name).from_config(training, **spacing)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"scheduler {name!r} does not go with this model: {error}") from None
 
