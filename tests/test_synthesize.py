@@ -6,7 +6,6 @@ python -m pytest tests/test_synthesize.py
 import json
 import resource
 
-import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
@@ -306,23 +305,10 @@ def test_every_scheduler_samples(pipe, tmp_path, name):
         assert pipe.scheduler is trained
     finally:
         pipe.scheduler = own
-    assert read_provenance(file)["scheduler"] == (name if name == "dpm-lu" else SCHEDULERS[name])
+    assert read_provenance(file)["scheduler"] == SCHEDULERS[name]
     changed = make_scheduler(name, trained.config)
     assert changed.config.prediction_type == "v_prediction"
     assert (changed.alphas_cumprod - trained.alphas_cumprod).abs().max() < 1e-6
-
-
-def test_dpm_lu_steps_at_equal_distances_of_log_snr(pipe):
-    plain, spaced = (make_scheduler(name, pipe.scheduler.config) for name in ("dpm", "dpm-lu"))
-    for scheduler in (plain, spaced):
-        scheduler.set_timesteps(12)
-    distances = np.diff(np.log(spaced.sigmas[:-1].numpy()))
-    assert np.allclose(distances, distances[0], rtol=1e-3)
-    assert not np.allclose(np.diff(np.log(plain.sigmas[:-1].numpy())), distances[0], rtol=0.5)
-    for name in ("dpm", "DPMSolverMultistepScheduler"):  # a model that was saved so can be sampled the other way
-        again = make_scheduler(name, spaced.config)
-        again.set_timesteps(12)
-        assert again.timesteps.tolist() == plain.timesteps.tolist()
 
 
 def test_diverged_image_is_an_error(tmp_path):

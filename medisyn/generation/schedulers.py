@@ -2,9 +2,6 @@
 
 - The training schedule (betas, prediction type, zero-terminal SNR) is carried over; only the way of stepping changes.
 - Importing this module imports no diffusers, so that a command can check a name at once.
-- "dpm-lu" is "dpm" with steps at equal distances of log-SNR (Lu et al. 2022, section 4.1). Of twenty equal steps of a
-  cosine schedule the first jumps over the noise levels where the layout is decided, and unguided images come out
-  alike; these have the variance of a hundred.
 
     pipe.scheduler = make_scheduler("euler", pipe.scheduler.config)
 """
@@ -20,7 +17,6 @@ SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpm": "DPMSolverMultistepScheduler",
-    "dpm-lu": "DPMSolverMultistepScheduler",
     "dpm-single": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
@@ -29,7 +25,6 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-LU = "dpm-lu"
 
 
 def check_scheduler(name: str) -> str:
@@ -50,15 +45,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> "SchedulerMixin":
     import diffusers
 
     class_name = check_scheduler(name)
-    training = {key: value for key, value in config.items() if key != "use_lu_lambdas"}
-    spacing = {"use_lu_lambdas": True} if name.lower() == LU else {}
     try:
-        return getattr(diffusers, class_name).from_config(training, **spacing)
+        return getattr(diffusers, class_name).from_config(config)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"scheduler {name!r} does not go with this model: {error}") from None
-
-
-def scheduler_name(scheduler: "SchedulerMixin") -> str:
-    """What gives a scheduler's way of stepping again through `make_scheduler`: its class name, or "dpm-lu"."""
-    class_name = type(scheduler).__name__
-    return LU if class_name == SCHEDULERS[LU] and scheduler.config.use_lu_lambdas else class_name

@@ -29,7 +29,7 @@ from ..pipelines.medisyn_pipeline import MediSynPipeline, label_field, label_val
 from .output_folder import OutputFolder
 from .provenance import SOFTWARE, adapter_hash, file_hash
 from .requests import Request, make_requests, read_image
-from .schedulers import make_scheduler, scheduler_name
+from .schedulers import make_scheduler
 
 __all__ = ["Request", "make_requests", "synthesize"]
 
@@ -103,7 +103,7 @@ def synthesize(
     sampler = own_scheduler if scheduler is None else make_scheduler(scheduler, own_scheduler.config)
     shared = {
         **settings,
-        "scheduler": scheduler_name(sampler),
+        "scheduler": type(sampler).__name__,
         "height": size,
         "width": size,
         "model": model or None,

@@ -47,7 +47,6 @@ from medisyn.evaluation.agreement import LabelledFeatures
 from medisyn.evaluation.fidelity import nearest_training_distance
 from medisyn.generation.output_folder import OutputFolder
 from medisyn.generation.provenance import adapter_hash
-from medisyn.generation.schedulers import check_scheduler, make_scheduler, scheduler_name
 from medisyn.lora import fuse_adapters
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose
@@ -123,13 +122,10 @@ def compare(
     steps: Annotated[int, typer.Option(min=1)] = 20,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     seed: int = 0,
-    scheduler: Annotated[str | None, typer.Option(help="Sampler: dpm, dpm-lu, ...; the models' own.")] = None,
     clock: Annotated[str, typer.Option(help=" or ".join(CLOCKS))] = "wall",
 ) -> None:
     """Draw, measure and write the page into OUT."""
     choose("clock", clock, CLOCKS)
-    if scheduler is not None:
-        check_scheduler(scheduler)
     if (classifier is None) == bool(scale):
         raise typer.BadParameter("--classifier and --scale belong together")
     ways = [Way(f"classifier guidance {each:g}", str(classifier), 1.0, each) for each in scale or []]
@@ -147,8 +143,6 @@ def compare(
     costs: dict[str, dict[str, Any]] = {}
     for way in ways:
         pipe = way.load(teacher)
-        if scheduler is not None:
-            pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
         folder = out / "images" / re.sub(r"[^a-z0-9]+", "_", way.name.lower()).strip("_")
         drawn[way.name] = draw(pipe, way, classes, field, folder, images_per_class, steps, batch_size, seed)
         costs[way.name] = {
@@ -171,7 +165,6 @@ def compare(
         "labelled_images": len(sets["labelled"]) if labelled is not None else None,
         "images_per_class": images_per_class,
         "num_inference_steps": steps,
-        "scheduler": scheduler,
         "seed": seed,
         "clock": clock,
         "near_copy": NEAR_COPY,
@@ -215,7 +208,7 @@ def draw(
     names = [name for name in classes for _ in range(images_per_class)]
     shared = {
         **way.settings(steps),
-        "scheduler": scheduler_name(pipe.scheduler),
+        "scheduler": type(pipe.scheduler).__name__,
         "model": way.name,
         "model_hash": model_hash(pipe),
         "adapter_hash": adapter_hash(pipe),
