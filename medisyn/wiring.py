@@ -22,7 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from medisyn.conditions import Condition, conditions_of, unet_kwargs
-from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline, field_values
+from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline, label_slots
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     changes = {name: value for name, value in wanted.items() if old.config[name] != value}
     widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
     schema = next((one.components()["label_schema"] for one in conditions if one.kind == "labels"), None)
-    slots, known_slots = label_slots(schema), label_slots(pipe.label_schema)
+    slots, known_slots = (label_slots(one) if one else [] for one in (schema, pipe.label_schema))
     new: list[str] = []
     if changes or (slots and known_slots and slots != known_slots):
         arguments = {name: value for name, value in old.config.items() if not name.startswith("_")}
@@ -122,12 +122,6 @@ def _copy_weights(old: UNet2DConditionModel, new: UNet2DConditionModel) -> list[
     if "class_embedding.bias" in fresh:
         new.class_embedding.bias.zero_()
     return fresh
-
-
-def label_slots(schema: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """What each column of a schema's vectors stands for: (field, value); none without a schema."""
-    fields = schema["fields"] if schema else {}
-    return [(code, value) for code, field in fields.items() for value in field_values(field)]
 
 
 @torch.no_grad()

@@ -176,9 +176,14 @@ def field_values(field: Mapping) -> list[str]:
     return ["0", "1"] if field["type"] == "binary" else [str(value) for value in field["values"]]
 
 
+def label_slots(schema: Mapping) -> list[tuple[str, str]]:
+    """What each number of a schema's label vector stands for: (field, value)."""
+    return [(code, value) for code, field in schema["fields"].items() for value in field_values(field)]
+
+
 def label_width(schema: Mapping) -> int:
     """The length of the label vector of a schema."""
-    return sum(len(field_values(field)) for field in schema["fields"].values())
+    return len(label_slots(schema))
 
 
 def label_field(schema: Mapping, name: str) -> str:
@@ -232,8 +237,7 @@ def label_vector(schema: Mapping, labels: Mapping[str, Any] | str | None) -> lis
         if code in chosen:
             raise ValueError(f"label field {code!r} is given twice, the second time as {name!r}")
         chosen[code] = label_value(schema, code, value)
-    slots = [(code, slot) for code, field in schema["fields"].items() for slot in field_values(field)]
-    return [float(chosen.get(code) == slot) for code, slot in slots]
+    return [float(chosen.get(code) == slot) for code, slot in label_slots(schema)]
 
 
 # ---- greyscale images ----
