@@ -40,7 +40,7 @@ from .extension_layers import (
     word_wrapper,
 )
 from .extension_words import attach_words, extend_words
-from .pipelines.medisyn_pipeline import KINDS, MediSynPipeline, field_values, label_width
+from .pipelines.medisyn_pipeline import KINDS, MediSynPipeline, label_slots, label_width
 from .words import extended_tokenizer, new_words
 
 __all__ = [
@@ -160,10 +160,9 @@ def _update_labels(pipe: MediSynPipeline) -> None:
     for block in blocks:
         fields |= {code: field for code, field in block.content["fields"].items() if code not in fields}
     schema = {**schema, "fields": fields}
-    places = [(code, slot) for code, field in fields.items() for slot in field_values(field)]
+    places = label_slots(schema)
     for block in blocks:
-        own = block.content["fields"]
-        columns = [places.index((code, slot)) for code, field in own.items() for slot in field_values(field)]
+        columns = [places.index(slot) for slot in label_slots(block.content)]
         block.columns = torch.tensor(columns, device=block.weight.device)
     kinds = {*(before["conditions"] or "").split("+"), "labels"}
     pipe.register_to_config(label_schema=schema, conditions="+".join(kind for kind in KINDS if kind in kinds))

@@ -124,5 +124,7 @@ def record_vocabulary(pipe: "MediSynPipeline", captions: Iterable[str | None], p
             findings = modalities.setdefault(one["name"], {**one, "findings": []})["findings"]
             findings += [list(names) for names in one["findings"] if list(names) not in findings]
         vocabulary["modalities"] = list(modalities.values())
-    if vocabulary is not None or earlier:
+    elif earlier:  # words that it was taught are not respelled, so its spellings hold beside other captions
+        vocabulary = {"spellings": earlier["spellings"], "modalities": []}
+    if vocabulary is not None:
         pipe.register_to_config(prompt_vocabulary=vocabulary)

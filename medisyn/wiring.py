@@ -47,8 +47,9 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     widths = {one.kind: width for one in conditions if (width := one.token_width()) is not None}
     schema = next((one.components()["label_schema"] for one in conditions if one.kind == "labels"), None)
     slots, known_slots = (label_slots(one) if one else [] for one in (schema, pipe.label_schema))
+    relabelled = bool(slots and known_slots) and slots != known_slots
     new: list[str] = []
-    if changes or (slots and known_slots and slots != known_slots):
+    if changes or relabelled:
         arguments = {name: value for name, value in old.config.items() if not name.startswith("_")}
         unet = UNet2DConditionModel(**arguments | changes).to(old.device)
         if unet.dtype != old.dtype:
@@ -57,7 +58,7 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         if unet.config.encoder_hid_dim_type == "text_proj":
             before = _columns({kind: pipe.embeds_width(kind) for kind in pipe.kinds if kind != "labels"})
             new += _copy_projection(old, unet, before, _columns(widths))
-        if slots and known_slots:
+        if relabelled:
             new = [name for name in new if name != "class_embedding.weight"]
             new += _copy_labels(old, unet, known_slots, slots)
         pipe.register_modules(unet=unet.train(old.training))

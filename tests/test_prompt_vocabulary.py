@@ -222,7 +222,8 @@ def test_models_of_other_captions_record_no_vocabulary_and_are_left_alone():
     few = pipeline(all_captions()[:3])  # of chest X-rays
     assert "was trained on (Chest X-ray), and" in warnings(few, "knee")[0]
     record_vocabulary(few, ["knee MRI"])  # trained on with other captions
-    assert few.config.prompt_vocabulary is None and {"knee", "cxr"} <= set(few.config.known_words)
+    assert few.config.prompt_vocabulary["modalities"] == [] and {"knee", "cxr"} <= set(few.config.known_words)
+    assert few.known_spelling("x ray")[0] == "X-ray" and not warnings(few, "knee MRI, x ray")
 
 
 def test_training_goes_on_from_a_base_with_the_modalities_and_findings_that_it_had():
@@ -252,6 +253,7 @@ def test_what_a_fused_adapter_was_taught_is_the_model_s_own():
     fuse_adapters(model)
     assert not warnings(model, ["mammogram showing a malignant lesion", "brain MRI slice showing a glioma"])
     assert "'knee'" in warnings(model, "knee")[0]
+    assert model.known_spelling("x ray, mammograms")[0] == "X-ray, mammogram"
 
 
 def test_a_function_word_of_an_adapter_does_not_hide_what_was_never_together(monkeypatch):
