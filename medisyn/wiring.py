@@ -22,6 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from medisyn.conditions import Condition, conditions_of, unet_kwargs
+from medisyn.generation.provenance import ADAPTERS
 from medisyn.pipelines.medisyn_pipeline import KINDS, MediSynPipeline, label_slots
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,10 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         and "image_encoder" where the pipeline had another one. Empty if nothing is new.
 
     Raises:
-        ValueError: a kind occurs twice.
+        ValueError: a kind occurs twice, or an adapter is on.
     """
+    if getattr(pipe, ADAPTERS, None) is not None or getattr(pipe.unet, "peft_config", None):
+        raise ValueError("The pipeline has adapters on: fuse or unload them before it gets other conditions.")
     old, channels = pipe.unet, pipe.vae.config.latent_channels
     wanted = unet_kwargs(conditions, old.config.cross_attention_dim)
     wanted |= {"in_channels": channels, "out_channels": channels}

@@ -216,6 +216,12 @@ class TestRewiring:
         assert new == ["conv_in.weight[:, 3:]", "conv_out.weight[3:]", "conv_out.bias[3:]"]
         assert not pipe.unet.conv_in.weight[:, 3:].any()
 
+    def test_adapters_have_to_go_first(self):
+        pipe = tiny_pipeline()
+        pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+        with pytest.raises(ValueError, match="adapters on: fuse or unload"):
+            add_condition(pipe, labels_condition())
+
     def test_a_rewired_pipeline_is_saved_and_loaded(self, tmp_path):
         pipe = tiny_pipeline()
         add_condition(pipe, labels_condition())
