@@ -139,6 +139,17 @@ class AutoencoderTaskConfig:
 
 
 @dataclass(frozen=True)
+class PseudoLabelsConfig:
+    """Let a CNN on pixels, trained on the few labels and all images, label the others (FixMatch, Sohn et al. 2020)."""
+
+    __pydantic_config__ = STRICT
+    steps: Positive = 750  # of the CNN's training
+    # least probability of a class for it to count as a label, in the CNN's training and for what it hands on
+    threshold: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.9
+    resolution: Positive = 64  # side of the CNN's images in pixels
+
+
+@dataclass(frozen=True)
 class LatentClassifierTaskConfig:
     """Train a classifier of noised latents, on a small labelled set, for guidance."""
 
@@ -153,6 +164,9 @@ class LatentClassifierTaskConfig:
     # else (Guo et al. 2017): they scale the guidance, and validation images are for measuring. With fewer than three
     # of a class, or 0, all images train the classifier and the temperatures stay 1
     calibration_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
+    # labels for the other images of data.source too, which are then all taken to be of one of the classes; None: the
+    # labelled images alone
+    pseudo_labels: PseudoLabelsConfig | None = None
     # start from the encoder half of the base's UNet, which has its shape then; or at random, in the shape below
     initialize: Literal["base", "random"] = "base"
     block_out_channels: tuple[Positive, ...] = (64, 128, 128)  # of a random start: channels at each resolution

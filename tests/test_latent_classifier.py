@@ -12,6 +12,7 @@ from medisyn import load_pipeline
 from medisyn.config import parse_config
 from medisyn.data.loading import load_images
 from medisyn.guidance import load_classifier
+from medisyn.tasks import pseudo_labels
 from medisyn.tasks.labelled_rows import held_out_rows
 from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask, fit_temperature, labelled_subset
 from medisyn.trainer import Trainer
@@ -118,6 +119,49 @@ def test_too_few_images_leave_the_temperatures_at_one(folder, caplog):
     classifier = load_classifier(run)
     assert (classifier.config.temperatures, classifier.temperature(950.0).item()) == ([1.0], 1.0)
     assert "calibration_images" not in json.loads((run / "classifier.json").read_text())
+
+
+PSEUDO = {"label_fraction": 0.5, "pseudo_labels": {"steps": 60, "threshold": 0.5, "resolution": 32}}
+
+
+def test_images_without_a_label_are_learnt_from_by_what_a_cnn_takes_them_for(folder):
+    task = LatentClassifierTask(config(folder, "pseudo", task=PSEUDO))
+    labelled = set(task.labelled.rows.tolist())
+    assert len(labelled) == 12 < len(task.images) == len(task) <= 24 and labelled < set(task.images.rows.tolist())
+    truth = task._indices(task.images)
+    assert [task.targets[i] == truth[i] for i in range(len(truth))].count(False) <= 2
+    assert all(task.targets[i] == truth[i] for i, row in enumerate(task.images.rows.tolist()) if row in labelled)
+    run = Trainer(config(folder, "pseudo", task=PSEUDO, train={"steps": 1})).fit()
+    report = json.loads((run / "classifier.json").read_text())
+    pseudo = report["pseudo_labels"]
+    assert pseudo["images"] == len(task) - 12 == sum(pseudo["images_by_class"].values()) and pseudo["of_images"] == 12
+    assert pseudo["validation_accuracy"] > 0.8 and report["images"] == 12
+    record = read_training_record(run / "classifier")
+    assert len(record["labels"]["hashes"]) == 12 < len(record["hashes"]) == 24  # the CNN has seen them all
+
+
+def test_pseudo_labels_are_made_once(folder, monkeypatch):
+    first = LatentClassifierTask(config(folder, "again", task=PSEUDO))
+    with monkeypatch.context() as patch:
+        patch.setattr(pseudo_labels, "_train", None)
+        assert LatentClassifierTask(config(folder, "again", task=PSEUDO)).targets == first.targets
+        with pytest.raises(TypeError):  # other labels: another network
+            LatentClassifierTask(config(folder, "again", task=PSEUDO | {"label_seed": 1}))
+
+
+def test_images_for_the_temperatures_get_no_pseudo_label(folder):
+    task = LatentClassifierTask(config(folder, "pseudo_held", task=CALIBRATED | {"pseudo_labels": {"steps": 1}}))
+    held = set(task._other_images["calibration"].rows.tolist())
+    assert len(held) == 10 and not held & set(task.images.rows.tolist())
+
+
+def test_strong_changes_differ_for_each_image_and_repeat_by_their_generator():
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(4, -1, -1, -1) * 2 - 1
+    changed = pseudo_labels.strongly_changed(image, torch.Generator().manual_seed(1))
+    assert changed.shape == image.shape and changed.isfinite().all()
+    assert all(not torch.equal(changed[i], changed[j]) for i in range(4) for j in range(i))
+    assert torch.equal(changed, pseudo_labels.strongly_changed(image, torch.Generator().manual_seed(1)))
+    assert all(0.02 < (each == 0).all(dim=0).float().mean() < 0.3 for each in changed)  # the blanked square
 
 
 def test_the_record_says_which_labels_were_used(folder):

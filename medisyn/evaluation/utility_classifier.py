@@ -119,21 +119,25 @@ class CnnClassifier:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            options = CNN_OPTIONS if self.model == CNN else {}
-            network = _timm().create_model(self.model, pretrained=False, num_classes=number_of_classes, **options)
-            network = network.to(self.device, memory_format=torch.channels_last).train()
+            network = self.build(number_of_classes).train()
             for number, stage in enumerate(stages):
                 steps = self.steps * (number + 1) // len(stages) - self.steps * number // len(stages)
                 self._train(network, stage, steps, torch.Generator().manual_seed(1_000_003 * seed + number))
             reference = stages[-1][0].inputs
-            batches = (self._pixels(reference[i : i + 64]) for i in range(0, len(reference), 64))
+            batches = (self.pixels(reference[i : i + 64]) for i in range(0, len(reference), 64))
             torch.optim.swa_utils.update_bn(batches, network)
         return network.eval()
+
+    def build(self, number_of_classes: int) -> torch.nn.Module:
+        """The network with random weights."""
+        options = CNN_OPTIONS if self.model == CNN else {}
+        network = _timm().create_model(self.model, pretrained=False, num_classes=number_of_classes, **options)
+        return network.to(self.device, memory_format=torch.channels_last)
 
     @torch.no_grad()
     def predict(self, network: torch.nn.Module, inputs: Tensor) -> np.ndarray:
         """Probabilities (N, K) of what `inputs` returned."""
-        logits = [network(self._pixels(inputs[i : i + 64])).float() for i in range(0, len(inputs), 64)]
+        logits = [network(self.pixels(inputs[i : i + 64])).float() for i in range(0, len(inputs), 64)]
         return torch.cat(logits).softmax(1).cpu().numpy()
 
     def _train(self, network: torch.nn.Module, stage: Sequence[Part], steps: int, rng: torch.Generator) -> None:
@@ -149,14 +153,14 @@ class CnnClassifier:
             rows = [order[step * size : (step + 1) * size] for order, size in zip(orders, sizes, strict=True)]
             pixels = torch.cat([part.inputs[own] for part, own in zip(stage, rows, strict=True)])
             labels = torch.cat([part.labels[own] for part, own in zip(stage, rows, strict=True)]).to(self.device)
-            logits = network(augment(self._pixels(pixels), rng, self.horizontal_flip))
+            logits = network(augment(self.pixels(pixels), rng, self.horizontal_flip))
             loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
-    def _pixels(self, inputs: Tensor) -> Tensor:
+    def pixels(self, inputs: Tensor) -> Tensor:
         """Bytes as numbers in [-1, 1] on the device."""
         return inputs.to(self.device, memory_format=torch.channels_last).float().div_(127.5).sub_(1.0)
 

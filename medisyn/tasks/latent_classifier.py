@@ -5,6 +5,7 @@
 - Latents and the noise schedule are the base's; noise is the augmentation, mirror images are another.
 - At the end a temperature is fitted for each noise level, so that the size of the gradient means what it says: on
   labelled images of other patients, which are held out of the training for it (`calibration_fraction`).
+- Other images of the same data can be learnt from with labels that a CNN on pixels gives them (`pseudo_labels`).
 - Loss, accuracy and calibration error are reported by noise level on the validation images. Nothing is fitted to
   those, so they stay strangers for later measurements; all labelled images are in the training record.
 - The run ends with `classifier/`, and with `pipeline/`: the base that carries the classifier.
@@ -28,7 +29,7 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from medisyn.config import LatentClassifierTaskConfig, OptimConfig, TrainConfig
+from medisyn.config import LatentClassifierTaskConfig, OptimConfig, PseudoLabelsConfig, TrainConfig
 from medisyn.data.cache import LatentCache, build_latent_cache
 from medisyn.data.loading import ImageDataset
 from medisyn.data.preprocessing import Preprocessor
@@ -46,7 +47,8 @@ from medisyn.tasks.base import (
     seeded_normal,
     seeded_uniform,
 )
-from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, held_out_rows, label_record
+from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record
+from medisyn.tasks.pseudo_labels import pseudo_label
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -78,12 +80,16 @@ class LatentClassifierTask(TrainingTask):
         self.labelled, self.classes = labelled_subset(config, images)
         self.images, self._other_images = self._hold_out()
         self.targets = self._indices(self.images)
+        self._sources = self.labelled  # all images that anything is learnt from
         if validation is not None:
             _require_torchmetrics()
             known = np.array(self._indices(validation)) >= 0
             if not known.any():
                 raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
             self._other_images["validation"] = validation.select(known)
+        self._pseudo: dict[str, Any] = {}
+        if self.options.pseudo_labels is not None:
+            self._add_pseudo_labelled(images, self.options.pseudo_labels)
         self.pipe = load_pipeline(self.options.base).to(PartialState().device)
         self.pipe.set_progress_bar_config(disable=True)
         scratch: dict[str, Any] = {}
@@ -127,6 +133,35 @@ class LatentClassifierTask(TrainingTask):
             return self.labelled, {}
         rest = np.setdiff1d(np.arange(len(self.labelled)), held)
         return self.labelled.select(rest), {"calibration": self.labelled.select(held)}
+
+    def _add_pseudo_labelled(self, images: ImageDataset, options: PseudoLabelsConfig) -> None:
+        """Learn from the images as well whose class a CNN is sure of; those for the temperatures stay out of both."""
+        held = self._other_images.get("calibration")
+        pool = images if held is None else images.select(np.flatnonzero(~np.isin(images.rows, held.rows)))
+        known = np.full(len(pool), UNLABELLED)
+        place = {row: i for i, row in enumerate(pool.rows.tolist())}
+        known[[place[row] for row in self.images.rows.tolist()]] = self.targets
+        others = self._other_images.get("validation")
+        found, judged = pseudo_label(
+            pool,
+            known,
+            len(self.classes),
+            options,
+            self.config.train.seed,
+            others=others,
+            device=PartialState().device,
+            file=Path(self.config.output_dir) / "pseudo_labels.npz",
+        )
+        classes = np.where(known != UNLABELLED, known, found.argmax(axis=1))
+        taken = np.flatnonzero((known != UNLABELLED) | (found.max(axis=1) >= options.threshold))
+        self._sources = images
+        self.images, self.targets = pool.select(taken), classes[taken].tolist()
+        added = Counter(classes[row] for row in taken if known[row] == UNLABELLED)
+        self._pseudo = {"of_images": int((known == UNLABELLED).sum()), "images": sum(added.values())}
+        self._pseudo["images_by_class"] = {name: added[i] for i, name in enumerate(self.classes)}
+        if others is not None:
+            self._pseudo["validation_accuracy"] = float((judged.argmax(axis=1) == self._indices(others)).mean())
+        logger.info("pseudo-labels: %s", json.dumps(self._pseudo))
 
     def _indices(self, images: ImageDataset) -> list[int]:
         """The class of each image as its place in `classes`; -1 for none of them."""
@@ -213,6 +248,7 @@ class LatentClassifierTask(TrainingTask):
         self.classifier.eval()
         options = self.options
         report: dict[str, Any] = {"classes": list(self.classes), "images": len(self.labelled)}
+        report |= {"pseudo_labels": self._pseudo} if self._pseudo else {}
         counts = Counter(self._indices(self.labelled))
         report["images_by_class"] = {name: counts[i] for i, name in enumerate(self.classes)}
         report |= {f"{split}_images": len(images) for split, images in self._other_images.items()}
@@ -229,7 +265,7 @@ class LatentClassifierTask(TrainingTask):
         report |= {name: labels[name] for name in ("class_column", "label_fraction", "label_seed")}
         self.classifier.save_pretrained(folder / "classifier")
         (folder / "classifier.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        record = image_record(self.labelled)
+        record = image_record(self._sources)
         write_training_record(folder / "classifier", record | {"labels": labels})
         source = self.pipe.config.get("_name_or_path") or options.base
         base = find_training_record(source)

@@ -1,0 +1,152 @@
+"""Classes of images whose label is not known, by a small CNN that learns from a few labels and from all images.
+
+- FixMatch (Sohn et al. 2020, arXiv 2001.07685): the class that the network is sure of in a weakly changed image is
+  its target in the same image strongly changed. Its beliefs are weighed so that their running mean has the classes'
+  shares among the labels (distribution alignment, Berthelot et al. 2020, arXiv 1911.09785, section 3.1), and what is
+  used in the end is a moving average of the weights.
+- On pixels, since the changes that leave a class as it is are known there; of latents only noise and mirror images
+  are. Noise alone gives no new labels: a latent classifier is no surer of an image with little noise than with much.
+
+    probabilities, _ = pseudo_label(images, known, 3, PseudoLabelsConfig(), seed=0)  # (N, 3)
+"""
+
+import copy
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from medisyn.config import PseudoLabelsConfig
+from medisyn.data.loading import ImageDataset
+from medisyn.data.storage import digest, write_atomically
+from medisyn.evaluation.utility_classifier import CnnClassifier, augment
+from medisyn.tasks.labelled_rows import UNLABELLED
+
+LABELLED, UNLABELLED_RATIO = 32, 2  # images of a step with a label, and how many times as many without
+AVERAGING = 0.995  # of the weights
+ALIGNMENT = 0.99  # of the mean belief
+CUTOUT = 0.22  # half of the side of the square that is blanked, as a share of the image's
+
+
+def pseudo_label(
+    images: ImageDataset,
+    known: np.ndarray,
+    number_of_classes: int,
+    options: PseudoLabelsConfig,
+    seed: int,
+    others: ImageDataset | None = None,
+    device: str | torch.device = "cpu",
+    file: Path | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the classes for `images`, (N, K), and for `others`, (M, K), which are not learnt from.
+
+    Args:
+        images: all of one of the classes; mirrored in training only if all of them may be.
+        known: class of each, (N,) int; `UNLABELLED` where it is not known.
+        number_of_classes: K.
+        options: see there.
+        seed: of weights, order and changes.
+        others: images to judge the network by.
+        device: where it is trained.
+        file: a .npz that keeps the result; read again if it is of the same images, classes and options.
+    """
+    hashes = [images.hashes(), others.hashes() if others is not None else []]
+    facts = f"{options} {seed} {number_of_classes} {known.tolist()} {hashes} {images.config.horizontal_flip}"
+    key = digest(facts.encode())
+    if file is not None and file.is_file():
+        with np.load(file) as kept:
+            if str(kept["key"]) == key:
+                return kept["images"], kept["others"]
+    cnn = CnnClassifier(
+        resolution=options.resolution,
+        batch_size=LABELLED,
+        horizontal_flip=bool(images.config.horizontal_flip and images.may_flip().all()),
+        device=str(device),
+    )
+    inputs = cnn.inputs(images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _train(cnn, inputs, torch.from_numpy(known), number_of_classes, options, seed)
+    found = cnn.predict(network, inputs), np.zeros((0, number_of_classes), dtype=np.float32)
+    if others is not None:
+        found = found[0], cnn.predict(network, cnn.inputs(others))
+    if file is not None:
+        content = io.BytesIO()
+        np.savez(content, key=key, images=found[0], others=found[1])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content.getvalue())
+    return found
+
+
+def _train(
+    cnn: CnnClassifier, inputs: Tensor, known: Tensor, number_of_classes: int, options: PseudoLabelsConfig, seed: int
+) -> nn.Module:
+    rng = torch.Generator().manual_seed(seed)
+    network = cnn.build(number_of_classes).train()
+    averaged = copy.deepcopy(network).eval()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=cnn.learning_rate, weight_decay=cnn.weight_decay)
+    labelled = torch.nonzero(known != UNLABELLED)[:, 0]
+    shares = torch.bincount(known[labelled], minlength=number_of_classes) / len(labelled)
+    mean_belief, warmup = shares.clone(), max(1, options.steps // 20)
+    for step in tqdm(range(options.steps), desc="pseudo-labels", unit="step", leave=False):
+        rate = min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cnn.learning_rate
+        own = labelled[torch.randint(len(labelled), (LABELLED,), generator=rng)]
+        others = torch.randint(len(known), (UNLABELLED_RATIO * LABELLED,), generator=rng)
+        weak = augment(cnn.pixels(inputs[torch.cat([own, others])]), rng, cnn.horizontal_flip)
+        again = augment(cnn.pixels(inputs[others]), rng, cnn.horizontal_flip)
+        logits = network(torch.cat([weak, strongly_changed(again, rng)]))
+        on_own, on_weak, on_strong = logits.split([len(own), len(others), len(others)])
+        with torch.no_grad():
+            belief = on_weak.softmax(dim=1)
+            mean_belief = ALIGNMENT * mean_belief + (1 - ALIGNMENT) * belief.mean(dim=0).cpu()
+            belief = belief * (shares / mean_belief).to(belief.device)
+            sure, target = (belief / belief.sum(dim=1, keepdim=True)).max(dim=1)
+        loss = F.cross_entropy(on_own, known[own].to(logits.device), label_smoothing=cnn.label_smoothing)
+        consistency = F.cross_entropy(on_strong, target, reduction="none")
+        loss = loss + (consistency * (sure > options.threshold)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        _average(averaged, network, min(AVERAGING, (1 + step) / (10 + step)))
+    return averaged
+
+
+@torch.no_grad()
+def _average(averaged: nn.Module, network: nn.Module, decay: float) -> None:
+    for old, new in zip(averaged.state_dict().values(), network.state_dict().values(), strict=True):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - decay)
+        else:
+            old.copy_(new)
+
+
+def strongly_changed(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Turned, sheared, scaled and shifted, other brightness, contrast and tint, blurred at times, a square blanked.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        rng: on the CPU.
+    """
+    count, side = len(images), images.shape[-1]
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return (low + (high - low) * torch.rand(count, *shape, generator=rng)).to(images.device)
+
+    angle, scale, shear = uniform(-math.pi / 6, math.pi / 6), uniform(0.75, 1.25), uniform(-0.2, 0.2)
+    cosine, sine = angle.cos(), angle.sin()
+    rows = [scale * cosine, shear - sine, uniform(-0.2, 0.2), sine, scale * cosine, uniform(-0.2, 0.2)]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(count, 2, 3), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    images = images * uniform(0.5, 1.5, 1, 1, 1) + uniform(-0.3, 0.3, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    images = torch.where(uniform(0, 1, 1, 1, 1) < 0.3, blurred, images)
+    place = torch.arange(side, device=images.device)
+    far = [(place - uniform(0, side, 1)).abs() >= CUTOUT * side for _ in range(2)]
+    return images * (far[0][:, None, :, None] | far[1][:, None, None, :])
