@@ -29,7 +29,8 @@ from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from medisyn.config import LatentClassifierTaskConfig, OptimConfig, PseudoLabelsConfig, TrainConfig
+from medisyn.config import LatentClassifierTaskConfig, OptimConfig, TrainConfig
+from medisyn.config_parts import PseudoLabelsConfig
 from medisyn.data.cache import LatentCache, build_latent_cache
 from medisyn.data.loading import ImageDataset
 from medisyn.data.preprocessing import Preprocessor

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medisyn.config import PseudoLabelsConfig
+from medisyn.config_parts import PseudoLabelsConfig
 from medisyn.data.loading import ImageDataset
 from medisyn.data.storage import digest, write_atomically
 from medisyn.evaluation.utility_classifier import CnnClassifier, augment
