@@ -62,7 +62,8 @@ def check_labels(
                     f"{given}, not {label_fraction:g} and {label_seed}: it knows labels that the classifiers beside "
                     "it do not; give the same ones"
                 )
-            learnt = (read_training_record(folder / "classifier") or {"hashes": []})["hashes"]
+            record = read_training_record(folder / "classifier") or {"hashes": []}
+            learnt = record.get("labels", record)["hashes"]  # without pseudo-labels, all images that it has seen
             others = every.intersection(learnt) - own
             if others:
                 raise ValueError(

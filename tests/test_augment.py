@@ -323,6 +323,10 @@ def test_a_generator_that_learnt_from_other_labels_is_refused(data, tmp_path):
     wrong = write_run(tmp_path / "g", labelled.hashes, {"type": "latent_classifier"} | share, other[:3])
     with pytest.raises(ValueError, match="labels of 3 images that are not among the 12 labelled ones"):
         check(wrong)
+    # With pseudo-labels it has seen the others as well, without their labels.
+    seen = {"hashes": sorted(labelled.hashes), "datasets": [], "labels": {"hashes": sorted(small.hashes)}}
+    write_training_record(Path(wrong) / "classifier", seen)
+    assert check(wrong) == []
     # What no run folder says is a warning where only a share of the labels is used.
     unknown = write_run(tmp_path / "h", labelled.hashes, {"type": "diffusion"})
     assert check(unknown) == [
