@@ -149,8 +149,10 @@ def test_pseudo_labels_are_made_once(folder, monkeypatch):
             LatentClassifierTask(config(folder, "again", task=PSEUDO | {"label_seed": 1}))
 
 
-def test_images_for_the_temperatures_get_no_pseudo_label(folder):
-    task = LatentClassifierTask(config(folder, "pseudo_held", task=CALIBRATED | {"pseudo_labels": {"steps": 1}}))
+def test_images_for_the_temperatures_get_no_pseudo_label(folder, caplog):
+    unsure = {"pseudo_labels": {"steps": 1, "threshold": 0.99, "resolution": 32}}
+    task = LatentClassifierTask(config(folder, "pseudo_held", task=CALIBRATED | unsure))
+    assert "no other image is surely 0, 1, 2" in caplog.text
     held = set(task._other_images["calibration"].rows.tolist())
     assert len(held) == 10 and not held & set(task.images.rows.tolist())
 

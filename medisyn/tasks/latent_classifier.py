@@ -162,7 +162,9 @@ class LatentClassifierTask(TrainingTask):
         self._pseudo["images_by_class"] = {name: added[i] for i, name in enumerate(self.classes)}
         if others is not None:
             self._pseudo["validation_accuracy"] = float((judged.argmax(axis=1) == self._indices(others)).mean())
-        logger.info("pseudo-labels: %s", json.dumps(self._pseudo))
+        if len(added) < len(self.classes):
+            missing = ", ".join(name for i, name in enumerate(self.classes) if not added[i])
+            logger.warning("pseudo-labels: no other image is surely %s (task.pseudo_labels.threshold)", missing)
 
     def _indices(self, images: ImageDataset) -> list[int]:
         """The class of each image as its place in `classes`; -1 for none of them."""
