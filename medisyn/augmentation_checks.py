@@ -1,7 +1,8 @@
 """What the generator of an augmentation may know: no label beyond the small set, no image that is not compared with.
 
 - A run folder says from which share of the labels its classifier or student learnt (`label_fraction`, `label_seed`),
-  and the record of a latent classifier has the hashes of the very images. A model of other data is not asked.
+  and the record of a latent classifier has the hashes of the images whose labels those were. A model of other data
+  is not asked.
 - The same seed makes a smaller share a part of a larger one: such a generator knows no more than it may.
 - Where no run folder says it, that is a warning, not an error: a published model may be as good as any.
 
@@ -63,7 +64,7 @@ def check_labels(
                     "it do not; give the same ones"
                 )
             record = read_training_record(folder / "classifier") or {"hashes": []}
-            learnt = record.get("labels", record)["hashes"]  # without pseudo-labels, all images that it has seen
+            learnt = (record.get("labels") or {}).get("hashes", record["hashes"])  # older records have no "labels"
             others = every.intersection(learnt) - own
             if others:
                 raise ValueError(

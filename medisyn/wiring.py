@@ -36,10 +36,8 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
         and "image_encoder" where the pipeline had another one. Empty if nothing is new.
 
     Raises:
-        ValueError: a kind occurs twice, or an adapter is on.
+        ValueError: a kind occurs twice, or the UNet would have to change while an adapter is on.
     """
-    if getattr(pipe, ADAPTERS, None) is not None or getattr(pipe.unet, "peft_config", None):
-        raise ValueError("The pipeline has adapters on: fuse or unload them before it gets other conditions.")
     old, channels = pipe.unet, pipe.vae.config.latent_channels
     wanted = unet_kwargs(conditions, old.config.cross_attention_dim)
     wanted |= {"in_channels": channels, "out_channels": channels}
@@ -53,6 +51,8 @@ def adapt_unet(pipe: MediSynPipeline, conditions: Sequence[Condition]) -> list[s
     relabelled = bool(slots and known_slots) and slots != known_slots
     new: list[str] = []
     if changes or relabelled:
+        if getattr(pipe, ADAPTERS, None) is not None or getattr(pipe.unet, "peft_config", None):
+            raise ValueError("The pipeline has adapters on: fuse or unload them before it gets other conditions.")
         arguments = {name: value for name, value in old.config.items() if not name.startswith("_")}
         unet = UNet2DConditionModel(**arguments | changes).to(old.device)
         if unet.dtype != old.dtype:

@@ -13,7 +13,7 @@ from medisyn.config import parse_config
 from medisyn.data.loading import load_images
 from medisyn.guidance import load_classifier
 from medisyn.tasks import pseudo_labels
-from medisyn.tasks.labelled_rows import held_out_rows
+from medisyn.tasks.labelled_rows import held_out_rows, rows_apart_from
 from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask, fit_temperature, labelled_subset
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
@@ -150,11 +150,34 @@ def test_pseudo_labels_are_made_once(folder, monkeypatch):
 
 
 def test_images_for_the_temperatures_get_no_pseudo_label(folder, caplog):
-    unsure = {"pseudo_labels": {"steps": 1, "threshold": 0.99, "resolution": 32}}
-    task = LatentClassifierTask(config(folder, "pseudo_held", task=CALIBRATED | unsure))
+    unsure = {
+        "label_fraction": 0.75,
+        "calibration_fraction": 0.5,
+        "pseudo_labels": {"steps": 1, "threshold": 0.99, "resolution": 32},
+    }
+    task = LatentClassifierTask(config(folder, "pseudo_held", task=unsure))
     assert "no other image is surely 0, 1, 2" in caplog.text
     held = set(task._other_images["calibration"].rows.tolist())
-    assert len(held) == 10 and not held & set(task.images.rows.tolist())
+    assert len(held) >= 9 and not held & set(task.images.rows.tolist())
+
+
+def test_no_image_of_a_patient_for_the_temperatures_is_learnt_from(folder):
+    """Patients have images of two classes: of those that are held out some images have no label."""
+    few = CALIBRATED | {"calibration_fraction": 0.5, "label_fraction": 0.75, "pseudo_labels": {"steps": 1}}
+    task = LatentClassifierTask(config(folder, "mixed", task=few))
+    held, patients = task._other_images["calibration"], task._sources.column("patient")
+    apart = rows_apart_from(task._sources, held)
+    assert len(task._sources) == 24 > len(apart) + len(held)
+    assert not {patients[row] for row in apart} & set(held.column("patient"))
+    assert set(task.images.rows.tolist()) <= set(apart.tolist())
+
+
+def test_pseudo_labels_need_every_image_to_be_of_a_class_and_some_without_a_label(folder, caplog):
+    with pytest.raises(ValueError, match=r"there are images of 2: leave them out by data\.filter"):
+        LatentClassifierTask(config(folder, "subset", task=PSEUDO | {"classes": ["0", "1"]}))
+    every = PSEUDO | {"label_fraction": 1.0, "calibration_fraction": 0.0}
+    assert len(LatentClassifierTask(config(folder, "every", task=every))) == 24
+    assert "has nothing to label" in caplog.text
 
 
 def test_strong_changes_differ_for_each_image_and_repeat_by_their_generator():

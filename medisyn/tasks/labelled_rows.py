@@ -89,6 +89,15 @@ def held_out_rows(classes: Sequence[Any], groups: Sequence[Hashable] | None, fra
     return np.array(sorted(row for rows in chosen.values() for row in rows) if enough else [], dtype=np.int64)
 
 
+def rows_apart_from(images: ImageDataset, held: ImageDataset) -> np.ndarray:
+    """Rows of the images that are neither in `held`, a part of the same data, nor of a group of it; sorted int64."""
+    out, column = np.isin(images.rows, held.rows), images.config.group_column
+    if column is not None:
+        groups = set(held.column(column)) - {None, ""}
+        out |= np.array([group in groups for group in images.column(column)], dtype=bool)
+    return np.flatnonzero(~out)
+
+
 def label_record(
     images: ImageDataset, classes: Sequence[str], class_column: str, fraction: float, seed: int
 ) -> dict[str, Any]:

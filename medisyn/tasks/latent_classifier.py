@@ -48,7 +48,7 @@ from medisyn.tasks.base import (
     seeded_normal,
     seeded_uniform,
 )
-from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record
+from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record, rows_apart_from
 from medisyn.tasks.pseudo_labels import pseudo_label
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
@@ -88,11 +88,11 @@ class LatentClassifierTask(TrainingTask):
             if not known.any():
                 raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
             self._other_images["validation"] = validation.select(known)
+        self.pipe = load_pipeline(self.options.base).to(PartialState().device)
+        self.pipe.set_progress_bar_config(disable=True)
         self._pseudo: dict[str, Any] = {}
         if self.options.pseudo_labels is not None:
             self._add_pseudo_labelled(images, self.options.pseudo_labels)
-        self.pipe = load_pipeline(self.options.base).to(PartialState().device)
-        self.pipe.set_progress_bar_config(disable=True)
         scratch: dict[str, Any] = {}
         if self.options.initialize == "random":
             widths = self.options.block_out_channels
@@ -136,12 +136,22 @@ class LatentClassifierTask(TrainingTask):
         return self.labelled.select(rest), {"calibration": self.labelled.select(held)}
 
     def _add_pseudo_labelled(self, images: ImageDataset, options: PseudoLabelsConfig) -> None:
-        """Learn from the images as well whose class a CNN is sure of; those for the temperatures stay out of both."""
+        """Learn from the images as well whose class a CNN is sure of; patients of the calibration stay out of both."""
+        names = images.column(self.options.class_column)
+        foreign = {str(name) for name in names if name not in (None, "")} - set(self.classes)
+        if foreign:
+            raise ValueError(
+                "task.pseudo_labels takes every image for one of the classes, and there are images of "
+                f"{', '.join(sorted(foreign))}: leave them out by data.filter"
+            )
         held = self._other_images.get("calibration")
-        pool = images if held is None else images.select(np.flatnonzero(~np.isin(images.rows, held.rows)))
+        pool = images if held is None else images.select(rows_apart_from(images, held))
         known = np.full(len(pool), UNLABELLED)
         place = {row: i for i, row in enumerate(pool.rows.tolist())}
         known[[place[row] for row in self.images.rows.tolist()]] = self.targets
+        if (known != UNLABELLED).all():
+            logger.warning("task.pseudo_labels has nothing to label: all images have a label")
+            return
         others = self._other_images.get("validation")
         found, judged = pseudo_label(
             pool,
@@ -150,8 +160,8 @@ class LatentClassifierTask(TrainingTask):
             options,
             self.config.train.seed,
             others=others,
-            device=PartialState().device,
-            file=Path(self.config.output_dir) / "pseudo_labels.npz",
+            device=self.pipe.device,
+            file=Path(self.config.output_dir) / "pseudo_labels.safetensors",
         )
         classes = np.where(known != UNLABELLED, known, found.argmax(axis=1))
         taken = np.flatnonzero((known != UNLABELLED) | (found.max(axis=1) >= options.threshold))
@@ -162,6 +172,7 @@ class LatentClassifierTask(TrainingTask):
         self._pseudo["images_by_class"] = {name: added[i] for i, name in enumerate(self.classes)}
         if others is not None:
             self._pseudo["validation_accuracy"] = float((judged.argmax(axis=1) == self._indices(others)).mean())
+        logger.info("pseudo-labels: %s", self._pseudo)
         if len(added) < len(self.classes):
             missing = ", ".join(name for i, name in enumerate(self.classes) if not added[i])
             logger.warning("pseudo-labels: no other image is surely %s (task.pseudo_labels.threshold)", missing)

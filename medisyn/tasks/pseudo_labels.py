@@ -11,13 +11,14 @@
 """
 
 import copy
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,34 +54,41 @@ def pseudo_label(
         seed: of weights, order and changes.
         others: images to judge the network by.
         device: where it is trained.
-        file: a .npz that keeps the result; read again if it is of the same images, classes and options.
+        file: a .safetensors that keeps the network; read again if it is of the same images, classes and options.
     """
-    hashes = [images.hashes(), others.hashes() if others is not None else []]
-    facts = f"{options} {seed} {number_of_classes} {known.tolist()} {hashes} {images.config.horizontal_flip}"
-    key = digest(facts.encode())
-    if file is not None and file.is_file():
-        with np.load(file) as kept:
-            if str(kept["key"]) == key:
-                return kept["images"], kept["others"]
     cnn = CnnClassifier(
         resolution=options.resolution,
         batch_size=LABELLED,
         horizontal_flip=bool(images.config.horizontal_flip and images.may_flip().all()),
         device=str(device),
     )
+    network = cnn.build(number_of_classes)
+    constants = (LABELLED, UNLABELLED_RATIO, AVERAGING, ALIGNMENT, CUTOUT)
+    facts = f"{options} {cnn.describe()} {constants} {seed} {number_of_classes} {known.tolist()} {images.hashes()}"
+    key = digest(facts.encode())
     inputs = cnn.inputs(images)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = _train(cnn, inputs, torch.from_numpy(known), number_of_classes, options, seed)
-    found = cnn.predict(network, inputs), np.zeros((0, number_of_classes), dtype=np.float32)
-    if others is not None:
-        found = found[0], cnn.predict(network, cnn.inputs(others))
-    if file is not None:
-        content = io.BytesIO()
-        np.savez(content, key=key, images=found[0], others=found[1])
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content.getvalue())
-    return found
+    if file is None or not _read(network, file, key):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = _train(cnn, inputs, torch.from_numpy(known), number_of_classes, options, seed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+            write_atomically(file, save(weights, metadata={"key": key}))
+    network.eval()
+    judged = np.zeros((0, number_of_classes), dtype=np.float32)
+    return cnn.predict(network, inputs), judged if others is None else cnn.predict(network, cnn.inputs(others))
+
+
+def _read(network: nn.Module, file: Path, key: str) -> bool:
+    """Load the weights of a file into the network if they are those of this key."""
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as kept:
+        if (kept.metadata() or {}).get("key") != key:
+            return False
+        network.load_state_dict({name: kept.get_tensor(name) for name in kept.keys()})
+    return True
 
 
 def _train(
