@@ -192,6 +192,8 @@ class GuidedTaskConfig:
     class_column: str = "finding"  # column with the class of the labelled images
     label_fraction: Fraction = 1.0  # share of each class's images, in whole groups, whose label is used
     label_seed: int = 0  # chooses them; the same as the classifier's
+    # count images of data.source as labelled whose class the run of `classifier` was sure of (its task.pseudo_labels)
+    pseudo_labels: bool = False
     unlabelled: str | tuple[str, ...] | None = None  # more images for the distillation, as in data.source
     # of the classifier's gradient in the target. At 3 the target is nearly the teacher and the student does not learn
     # its classes (agreement 0.67, chance 0.33); at 12 it does (0.94, model_cards/LOG.md)
@@ -200,6 +202,8 @@ class GuidedTaskConfig:
     guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
     distillation_weight: NonNegative = 1.0
     data_weight: NonNegative = 1.0  # of the labelled images' own denoising loss
+    # classifier-free guidance that this loss builds into the student, away from the teacher; 1: none
+    data_guidance: Annotated[float, Field(ge=1.0)] = 1.0
     class_dropout: Fraction = 0.1  # probability of no class, where the target is the teacher as it is
     labelled_share: Fraction = 0.25  # of the drawn images that have a label, each class as often; 1 if all have one
     # share of the images without a label whose class is drawn uniformly; of the others by the classifier's posterior

@@ -42,6 +42,7 @@ __all__ = [
     "attach_classifier",
     "clean_prediction",
     "clean_shift",
+    "draw_classes",
     "latent_fingerprint",
     "load_classifier",
     "log_probability_gradient",
@@ -73,6 +74,37 @@ def load_classifier(name_or_dir: str | Path) -> MediSynLatentClassifier:
         return MediSynLatentClassifier.from_pretrained(str(found), use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{found} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+@torch.no_grad()
+def draw_classes(
+    classifier: MediSynLatentClassifier,
+    scheduler: Any,
+    noised: Tensor,
+    timesteps: Tensor,
+    uniforms: Tensor,
+    uniform_share: float,
+) -> Tensor:
+    """A class for every noised latent, (B,): uniformly for `uniform_share` of them, else by p(y | z_t).
+
+    Sampling class y meets z_t of probability p(z_t | y), so of the pairs that real images offer, those drawn by the
+    posterior are the student's own; uniform ones teach it to turn round from elsewhere.
+
+    Args:
+        classifier: of K classes.
+        scheduler: whose schedule holds.
+        noised: (B, C, h, w).
+        timesteps: (B,).
+        uniforms: numbers in [0, 1), (B, 2), that decide: which way, and the class.
+        uniform_share: in [0, 1].
+    """
+    own_timesteps = classifier.timestep_of(*noise_coefficients(scheduler, timesteps))
+    with torch.autocast(noised.device.type, enabled=False):
+        probabilities = classifier.log_probabilities(noised, own_timesteps).exp()
+    uniform = uniforms[:, :1] < uniform_share
+    probabilities = torch.where(uniform, torch.full_like(probabilities, 1 / probabilities.shape[1]), probabilities)
+    below = probabilities.cumsum(dim=1) <= uniforms[:, 1:]
+    return below.sum(dim=1).clamp(max=probabilities.shape[1] - 1)
 
 
 def attach_classifier(

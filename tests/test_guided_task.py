@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from typer.testing import CliRunner
 from medisyn.backbone import load_pipeline
 from medisyn.cli import app
 from medisyn.config import TrainConfig, parse_config
-from medisyn.guidance import attach_classifier
+from medisyn.guidance import attach_classifier, draw_classes
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier, latent_fingerprint
 from medisyn.tasks import guided
 from medisyn.tasks.base import draw_latents
 from medisyn.tasks.guided import GuidedTask
 from medisyn.tasks.labelled_rows import UNLABELLED, labelled_weights
+from medisyn.tasks.pseudo_labels import keep_pseudo_labels
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
 from tests.components import tiny_pipeline
@@ -217,14 +219,15 @@ def test_labelled_rows_are_drawn_by_their_share_and_each_class_as_often():
 
 
 def test_classes_of_unlabelled_images_follow_the_posterior_or_are_uniform(folder):
-    posterior, uniform = (GuidedTask(guided_config(folder, task={"uniform_classes": s})) for s in (0.0, 1.0))
-    noised, timesteps = noised_latents(posterior, count=1, level=0.1)
+    task = GuidedTask(guided_config(folder))
+    noised, timesteps = noised_latents(task, count=1, level=0.1)
     many = torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
-    arguments = noised.expand(4000, -1, -1, -1), timesteps.expand(4000), many
-    probabilities = posterior._frozen[1].log_probabilities(noised, timesteps).exp()[0]
-    drawn = torch.bincount(posterior._draw_classes(*arguments), minlength=3) / 4000
+    classifier = task._frozen[1]
+    arguments = classifier, task.noising, noised.expand(4000, -1, -1, -1), timesteps.expand(4000), many
+    probabilities = classifier.log_probabilities(noised, timesteps).exp()[0]
+    drawn = torch.bincount(draw_classes(*arguments, 0.0), minlength=3) / 4000
     assert torch.allclose(drawn, probabilities, atol=0.03) and (probabilities - 1 / 3).abs().max() > 0.1
-    drawn = torch.bincount(uniform._draw_classes(*arguments), minlength=3) / 4000
+    drawn = torch.bincount(draw_classes(*arguments, 1.0), minlength=3) / 4000
     assert torch.allclose(drawn, torch.full((3,), 1 / 3), atol=0.03)
 
 
@@ -332,3 +335,57 @@ def test_a_classifier_for_other_latents_and_a_teacher_with_labels_are_refused(fo
         GuidedTask(guided_config(folder, task={"classifier": str(other)}))
     with pytest.raises(ValueError, match="takes labels already"):
         GuidedTask(guided_config(folder, task={"base": str(folder / "labelled")}))
+
+
+def test_images_whose_class_the_classifiers_run_guessed_count_as_labelled(folder, tmp_path):
+    """Known labels stay, images that it was not sure of stay without; what it guessed is a class like any other."""
+    run = tmp_path / "classifier_run"
+    shutil.copytree(folder / "base_classifier", run)
+    plain = GuidedTask(guided_config(folder))
+    hashes, known = plain.images.hashes(), plain.row_classes != UNLABELLED
+    unsure = int(np.flatnonzero(~known)[0])
+    keep_pseudo_labels(run, {content: "dark" for row, content in enumerate(hashes) if row != unsure})
+    names = {"classifier": str(run), "pseudo_labels": True, "labelled_share": 0.9}
+    task = GuidedTask(guided_config(folder, task=names))
+    dark, others = CLASSES.index("dark"), ~known
+    others[unsure] = False
+    assert known.any() and (task.row_classes[known] == plain.row_classes[known]).all()
+    assert (task.row_classes[others] == dark).all() and task.row_classes[unsure] == UNLABELLED
+    assert task.row_weights[task.row_classes != UNLABELLED].sum() == pytest.approx(0.9)
+    rows = np.flatnonzero(others)[:4].tolist()
+    assert task(batch_of(task, rows), 0)["data_error"] > 0 == plain(batch_of(plain, rows), 0)["data_error"]
+
+
+def test_pseudo_labels_that_are_not_there_are_refused(folder, tmp_path):
+    names = {"pseudo_labels": True}
+    with pytest.raises(FileNotFoundError, match=r"is no run with pseudo_labels\.json: train it with task\.pseudo_lab"):
+        GuidedTask(guided_config(folder, task=names))
+    run = tmp_path / "classifier_run"
+    shutil.copytree(folder / "base_classifier", run)
+    for kept, error in (({"0" * 64: "dark"}, "none of the images"), ({"0" * 64: "pale"}, "has the class 'pale'")):
+        keep_pseudo_labels(run, kept)
+        with pytest.raises(ValueError, match=error):
+            GuidedTask(guided_config(folder, task=names | {"classifier": str(run)}))
+
+
+def test_guidance_can_be_built_into_the_labelled_images_loss(folder):
+    """The target lies as many times as far from the teacher: at the start the same error, and a gradient 1 / scale."""
+    found = {}
+    for scale in (1.0, 4.0):
+        options = {"data_guidance": scale, "distillation_weight": 0.0, "class_dropout": 0.0, "method": "full"}
+        task = GuidedTask(guided_config(folder, task=options | {"label_fraction": 1.0}))
+        losses = task(batch_of(task, (0, 1, 2)), 0)
+        losses["loss"].backward()
+        assert losses["loss"] == losses["data_error"]
+        found[scale] = (losses["data_error"].item(), task.unet.class_embedding.weight.grad)
+    assert found[4.0][0] == pytest.approx(found[1.0][0], rel=1e-4) and found[1.0][1].abs().max() > 0
+    assert torch.allclose(4 * found[4.0][1], found[1.0][1], rtol=1e-3, atol=1e-7)
+
+
+def test_without_distillation_the_null_is_taught_all_the_same(folder):
+    for dropout, taught in ((1.0, True), (0.0, False)):
+        options = {"distillation_weight": 0.0, "class_dropout": dropout, "method": "full", "data_weight": 0.0}
+        task = GuidedTask(guided_config(folder, task=options))
+        with torch.no_grad():
+            task.unet.conv_out.weight.mul_(1.5)
+        assert (task(batch_of(task, (0, 1, 2)), 0)["loss"] > 0) == taught

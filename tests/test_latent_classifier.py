@@ -136,6 +136,10 @@ def test_images_without_a_label_are_learnt_from_by_what_a_cnn_takes_them_for(fol
     pseudo = report["pseudo_labels"]
     assert pseudo["images"] == len(task) - 12 == sum(pseudo["images_by_class"].values()) and pseudo["of_images"] == 12
     assert pseudo["validation_accuracy"] > 0.8 and report["images"] == 12
+    kept = json.loads((run / "pseudo_labels.json").read_text())  # for a student of the same images
+    given = dict(zip(task.images.hashes(), task.targets, strict=True))
+    assert len(kept) == pseudo["images"] and all(given[content] == int(name) for content, name in kept.items())
+    assert not kept.keys() & set(task.labelled.hashes())
     record = read_training_record(run / "classifier")
     assert len(record["labels"]["hashes"]) == 12 < len(record["hashes"]) == 24  # the CNN has seen them all
 

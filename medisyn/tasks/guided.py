@@ -6,6 +6,10 @@
   classifier nor a gradient.
 - The student is the teacher with a label embedding that starts at zero, and a LoRA or all weights trained: before the
   first step it draws what the teacher draws. The null label is taught the plain teacher.
+- Images whose class the classifier's run has guessed (`pseudo_labels`) can count as labelled (DPT, You et al. 2023,
+  arXiv 2302.10586). Classifier-free guidance away from the teacher can be built into their loss (`data_guidance`):
+  teacher + s (target - teacher) has the guided prediction for its mean, so one pass draws it (Chen et al. 2025, arXiv
+  2501.15420).
 - Images without labels serve as well: their class is drawn, by the classifier's posterior p(y | z_t) where a student
   that samples a class would meet that z_t, or uniformly.
 - Everything drawn for an item comes from its seed alone.
@@ -39,7 +43,7 @@ from medisyn.data.cache import build_latent_cache
 from medisyn.data.loading import ImageDataset, load_readable
 from medisyn.data.preprocessing import Preprocessor
 from medisyn.decoder_adapter import find_decoder_lora, load_decoder_lora
-from medisyn.guidance import attach_classifier, noise_coefficients
+from medisyn.guidance import attach_classifier, draw_classes
 from medisyn.loading import base_name, load_pipeline
 from medisyn.lora import fuse_adapters
 from medisyn.losses import diffusion_target, min_snr_weights
@@ -64,6 +68,7 @@ from medisyn.tasks.labelled_rows import (
     labelled_weights,
     with_classes,
 )
+from medisyn.tasks.pseudo_labels import with_pseudo_labels
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 PREVIEW_IMAGES, PREVIEW_STEPS = 24, 12
@@ -77,7 +82,7 @@ class GuidedTask(TrainingTask):
     Raises:
         ValueError: a base that takes labels already; a classifier for other latents or of other classes than the
             labelled images have; a class with fewer than two of them.
-        FileNotFoundError: no such base or classifier.
+        FileNotFoundError: no such base or classifier, or no pseudo-labels in its run.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -94,6 +99,8 @@ class GuidedTask(TrainingTask):
         classifier = find_classifier(self.options.classifier, base)
         self.classes = classifier.classes
         row_classes = labelled_rows(images, self.classes, column, self.options.label_fraction, self.options.label_seed)
+        if self.options.pseudo_labels:
+            row_classes = with_pseudo_labels(row_classes, images, self.options.classifier, self.classes)
         starts = [base.config.get("_name_or_path") or self.options.base, self.options.classifier]
         starts += [self.options.lora.decoder] if self.options.lora is not None else []
         records = [find_training_record(name) for name in starts if name]
@@ -198,37 +205,29 @@ class GuidedTask(TrainingTask):
         timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long()
         noised = self.noising.add_noise(latents, noise, timesteps)
         labelled = batch["class"] != UNLABELLED
-        classes = torch.where(labelled, batch["class"], self._draw_classes(noised, timesteps, uniforms[:, 1:3]))
-        keep = uniforms[:, 3] >= self.options.class_dropout
+        options, prediction_type = self.options, self.noising.config.prediction_type
+        classes = batch["class"]
+        if not labelled.all():
+            drawn = (self.noising, noised, timesteps, uniforms[:, 1:3], options.uniform_classes)
+            classes = torch.where(labelled, classes, draw_classes(self._frozen[1], *drawn))
+        keep = uniforms[:, 3] >= options.class_dropout
         prediction = self._predict(noised, timesteps, classes, keep)
-        prediction_type = self.noising.config.prediction_type
+        plain = self._teach(noised, timesteps)
         target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
-        guided = self._guided_target(noised, timesteps, classes, keep)
+        target = plain + options.data_guidance * (target - plain)
+        distilled = keep if options.distillation_weight else torch.zeros_like(keep)
+        guided = self._guided_target(noised, timesteps, classes, distilled, plain)
         distillation = (prediction - guided).square().flatten(1).mean(dim=1)
-        error = (prediction - target).square().flatten(1).mean(dim=1)
+        error = (prediction - target).square().flatten(1).mean(dim=1) / options.data_guidance**2
         own = (labelled & keep).float()  # the null is the teacher's affair: few images would only narrow it
-        weights = min_snr_weights(compute_snr(self.noising, timesteps), self.options.min_snr_gamma, prediction_type)
-        loss = self.options.distillation_weight * distillation + self.options.data_weight * own * error
+        weights = min_snr_weights(compute_snr(self.noising, timesteps), options.min_snr_gamma, prediction_type)
+        distillation_weight = torch.where(keep, options.distillation_weight, 1.0)
+        loss = distillation_weight * distillation + options.data_weight * own * error
         return {
             "loss": (weights * loss).mean(),
             "distillation_error": distillation.detach().mean(),
             "data_error": (own * error).detach().sum() / own.sum().clamp(min=1.0),
         }
-
-    def _draw_classes(self, noised: Tensor, timesteps: Tensor, uniforms: Tensor) -> Tensor:
-        """A class for every item, (B,): uniformly for `uniform_classes` of them, else by p(y | z_t).
-
-        Sampling class y meets z_t of probability p(z_t | y), so of the pairs that real images offer, those drawn by
-        the posterior are the student's own; uniform ones teach it to turn round from elsewhere.
-        """
-        _, classifier = self._frozen
-        own_timesteps = classifier.timestep_of(*noise_coefficients(self.noising, timesteps))
-        with torch.no_grad(), torch.autocast(noised.device.type, enabled=False):
-            probabilities = classifier.log_probabilities(noised, own_timesteps).exp()
-        uniform = uniforms[:, :1] < self.options.uniform_classes
-        probabilities = torch.where(uniform, torch.full_like(probabilities, 1 / len(self.classes)), probabilities)
-        below = probabilities.cumsum(dim=1) <= uniforms[:, 1:]
-        return below.sum(dim=1).clamp(max=len(self.classes) - 1)
 
     def _predict(self, noised: Tensor, timesteps: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
         """The student's prediction, float32 (B, C, h, w); of the null label where `keep` (B,) is false."""
@@ -237,18 +236,21 @@ class GuidedTask(TrainingTask):
         return self.unet(noised, timesteps, **self._conditions(embeds, len(noised))).sample.float()
 
     @torch.no_grad()
-    def _guided_target(self, noised: Tensor, timesteps: Tensor, classes: Tensor, keep: Tensor) -> Tensor:
-        """The teacher's prediction, guided to `classes` where `keep` (B,) is true; float32 (B, C, h, w)."""
-        teacher, classifier = self._frozen
+    def _teach(self, noised: Tensor, timesteps: Tensor) -> Tensor:
+        """The teacher's prediction without guidance; float32 (B, C, h, w)."""
+        return self._frozen[0](noised, timesteps, **self._conditions(None, len(noised))).sample.float()
+
+    @torch.no_grad()
+    def _guided_target(
+        self, noised: Tensor, timesteps: Tensor, classes: Tensor, keep: Tensor, plain: Tensor | None = None
+    ) -> Tensor:
+        """The teacher's prediction (`plain`), guided to `classes` where `keep` (B,) is true; float32 (B, C, h, w)."""
+        plain = self._teach(noised, timesteps) if plain is None else plain
         level = timesteps / self.noising.config.num_train_timesteps
         low, high = self.options.guidance_interval
         guided = keep & (level >= low) & (level <= high)
-
-        def predict(sample: Tensor) -> Tensor:
-            return teacher(sample, timesteps, **self._conditions(None, len(sample))).sample.float()
-
-        return classifier.guided_prediction(
-            predict,
+        return self._frozen[1].guided_prediction(
+            lambda _: plain,
             noised,
             timesteps,
             self.noising,

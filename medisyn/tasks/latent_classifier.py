@@ -49,7 +49,7 @@ from medisyn.tasks.base import (
     seeded_uniform,
 )
 from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record, rows_apart_from
-from medisyn.tasks.pseudo_labels import pseudo_label
+from medisyn.tasks.pseudo_labels import keep_pseudo_labels, pseudo_label
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -150,9 +150,8 @@ class LatentClassifierTask(TrainingTask):
         place = {row: i for i, row in enumerate(pool.rows.tolist())}
         known[[place[row] for row in self.images.rows.tolist()]] = self.targets
         if (known != UNLABELLED).all():
-            logger.warning("task.pseudo_labels has nothing to label: all images have a label")
-            return
-        others = self._other_images.get("validation")
+            return logger.warning("task.pseudo_labels has nothing to label: all images have a label")
+        others, folder = self._other_images.get("validation"), Path(self.config.output_dir)
         found, judged = pseudo_label(
             pool,
             known,
@@ -161,14 +160,16 @@ class LatentClassifierTask(TrainingTask):
             self.config.train.seed,
             others=others,
             device=self.pipe.device,
-            file=Path(self.config.output_dir) / "pseudo_labels.safetensors",
+            file=folder / "pseudo_labels.safetensors",
         )
         classes = np.where(known != UNLABELLED, known, found.argmax(axis=1))
         taken = np.flatnonzero((known != UNLABELLED) | (found.max(axis=1) >= options.threshold))
         self._sources = images
         self.images, self.targets = pool.select(taken), classes[taken].tolist()
-        added = Counter(classes[row] for row in taken if known[row] == UNLABELLED)
-        self._pseudo = {"of_images": int((known == UNLABELLED).sum()), "images": sum(added.values())}
+        guessed, hashes = taken[known[taken] == UNLABELLED], pool.hashes()
+        keep_pseudo_labels(folder, {hashes[row]: self.classes[classes[row]] for row in guessed if hashes[row]})
+        added = Counter(classes[guessed].tolist())
+        self._pseudo = {"of_images": int((known == UNLABELLED).sum()), "images": len(guessed)}
         self._pseudo["images_by_class"] = {name: added[i] for i, name in enumerate(self.classes)}
         if others is not None:
             self._pseudo["validation_accuracy"] = float((judged.argmax(axis=1) == self._indices(others)).mean())

@@ -7,11 +7,15 @@
 - On pixels, since the changes that leave a class as it is are known there; of latents only noise and mirror images
   are. Noise alone gives no new labels: a latent classifier is no surer of an image with little noise than with much.
 
+- The classes that are sure stay in the run folder, by the hashes of the images, for whoever trains on the same data.
+
     probabilities, _ = pseudo_label(images, known, 3, PseudoLabelsConfig(), seed=0)  # (N, 3)
 """
 
 import copy
+import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,7 @@ LABELLED, UNLABELLED_RATIO = 32, 2  # images of a step with a label, and how man
 AVERAGING = 0.995  # of the weights
 ALIGNMENT = 0.99  # of the mean belief
 CUTOUT = 0.22  # half of the side of the square that is blanked, as a share of the image's
+FILE = "pseudo_labels.json"
 
 
 def pseudo_label(
@@ -78,6 +83,43 @@ def pseudo_label(
     network.eval()
     judged = np.zeros((0, number_of_classes), dtype=np.float32)
     return cnn.predict(network, inputs), judged if others is None else cnn.predict(network, cnn.inputs(others))
+
+
+def keep_pseudo_labels(folder: Path, classes: Mapping[str, str]) -> None:
+    """Write the classes of images, by their content hashes, into a run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE, (json.dumps(dict(classes), indent=0, sort_keys=True) + "\n").encode())
+
+
+def with_pseudo_labels(
+    row_classes: np.ndarray, images: ImageDataset, folder: str | Path, classes: Sequence[str]
+) -> np.ndarray:
+    """The classes of rows, (N,) int64, completed by those that a classifier's run has kept for the same images.
+
+    Args:
+        row_classes: see `labelled_rows`; a known class stays.
+        images: N.
+        folder: run folder of a latent classifier that was trained with `task.pseudo_labels`.
+        classes: in order.
+
+    Raises:
+        FileNotFoundError: the folder keeps no such classes.
+        ValueError: they are of other images or other classes.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"task.pseudo_labels takes them from the run of task.classifier, and {str(folder)!r} is no run with "
+            f"{FILE}: train it with task.pseudo_labels, and name the run folder"
+        )
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    if foreign := sorted(set(kept.values()) - set(classes)):
+        raise ValueError(f"{file} has the class {foreign[0]!r}, which the classifier has not: {', '.join(classes)}")
+    place = {name: index for index, name in enumerate(classes)}
+    found = np.array([place.get(kept.get(content or ""), UNLABELLED) for content in images.hashes()], dtype=np.int64)
+    if not (found[row_classes == UNLABELLED] != UNLABELLED).any():
+        raise ValueError(f"none of the images without a label has a class in {file}: it is of other images")
+    return np.where(row_classes != UNLABELLED, row_classes, found)
 
 
 def _read(network: nn.Module, file: Path, key: str) -> bool:
