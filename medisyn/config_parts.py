@@ -200,9 +200,10 @@ class GuidedTaskConfig:
     guidance_scale: NonNegative = 12.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # where it acts, in fractions of the timesteps
     guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
-    distillation_weight: NonNegative = 1.0
+    distillation_weight: NonNegative = 1.0  # of items with a class; without one the teacher's weight is always 1
     data_weight: NonNegative = 1.0  # of the labelled images' own denoising loss
-    # classifier-free guidance that this loss builds into the student, away from the teacher; 1: none
+    # classifier-free guidance away from the teacher that this loss builds into the student, in place of the
+    # classifier's (distillation_weight: 0); it is then sampled with guidance 1. 1: none
     data_guidance: Annotated[float, Field(ge=1.0)] = 1.0
     class_dropout: Fraction = 0.1  # probability of no class, where the target is the teacher as it is
     labelled_share: Fraction = 0.25  # of the drawn images that have a label, each class as often; 1 if all have one
@@ -219,6 +220,10 @@ class GuidedTaskConfig:
             object.__setattr__(self, "lora", LoraConfig())
         if self.lora is not None and self.method != "lora":
             raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
+        if self.data_guidance > 1 and self.distillation_weight:
+            raise ValueError(
+                "task.data_guidance takes the place of the classifier's: set task.distillation_weight to 0"
+            )
 
 
 @dataclass(frozen=True)

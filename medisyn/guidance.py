@@ -87,8 +87,8 @@ def draw_classes(
 ) -> Tensor:
     """A class for every noised latent, (B,): uniformly for `uniform_share` of them, else by p(y | z_t).
 
-    Sampling class y meets z_t of probability p(z_t | y), so of the pairs that real images offer, those drawn by the
-    posterior are the student's own; uniform ones teach it to turn round from elsewhere.
+    For teaching a model to sample classes: class y meets z_t of probability p(z_t | y) there, so of the pairs that
+    real images offer, those drawn by the posterior are its own; uniform ones teach it to turn round from elsewhere.
 
     Args:
         classifier: of K classes.

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -337,15 +338,22 @@ def test_a_classifier_for_other_latents_and_a_teacher_with_labels_are_refused(fo
         GuidedTask(guided_config(folder, task={"base": str(folder / "labelled")}))
 
 
+def write_classifier_run(folder, run, images, share=0.3):
+    """A classifier's run that has guessed the classes of images (hash -> class)."""
+    shutil.copytree(folder / "base_classifier", run)
+    labels = {"class_column": "finding", "group_column": None, "label_fraction": share, "label_seed": 0}
+    keep_pseudo_labels(run, labels, images)
+    return str(run)
+
+
 def test_images_whose_class_the_classifiers_run_guessed_count_as_labelled(folder, tmp_path):
     """Known labels stay, images that it was not sure of stay without; what it guessed is a class like any other."""
-    run = tmp_path / "classifier_run"
-    shutil.copytree(folder / "base_classifier", run)
     plain = GuidedTask(guided_config(folder))
     hashes, known = plain.images.hashes(), plain.row_classes != UNLABELLED
     unsure = int(np.flatnonzero(~known)[0])
-    keep_pseudo_labels(run, {content: "dark" for row, content in enumerate(hashes) if row != unsure})
-    names = {"classifier": str(run), "pseudo_labels": True, "labelled_share": 0.9}
+    guessed = {content: "dark" for row, content in enumerate(hashes) if row != unsure}
+    run = write_classifier_run(folder, tmp_path / "run", guessed)
+    names = {"classifier": run, "pseudo_labels": True, "labelled_share": 0.9}
     task = GuidedTask(guided_config(folder, task=names))
     dark, others = CLASSES.index("dark"), ~known
     others[unsure] = False
@@ -354,38 +362,65 @@ def test_images_whose_class_the_classifiers_run_guessed_count_as_labelled(folder
     assert task.row_weights[task.row_classes != UNLABELLED].sum() == pytest.approx(0.9)
     rows = np.flatnonzero(others)[:4].tolist()
     assert task(batch_of(task, rows), 0)["data_error"] > 0 == plain(batch_of(plain, rows), 0)["data_error"]
+    again = GuidedTask(guided_config(folder, task=names | {"classifier": f"{run}/classifier"}))  # a part of the run
+    assert (again.row_classes == task.row_classes).all()
 
 
-def test_pseudo_labels_that_are_not_there_are_refused(folder, tmp_path):
+def test_pseudo_labels_that_do_not_fit_are_refused(folder, tmp_path):
     names = {"pseudo_labels": True}
-    with pytest.raises(FileNotFoundError, match=r"is no run with pseudo_labels\.json: train it with task\.pseudo_lab"):
+    with pytest.raises(FileNotFoundError, match=r"no .*pseudo_labels\.json: a finished run of the task latent_class"):
         GuidedTask(guided_config(folder, task=names))
-    run = tmp_path / "classifier_run"
-    shutil.copytree(folder / "base_classifier", run)
-    for kept, error in (({"0" * 64: "dark"}, "none of the images"), ({"0" * 64: "pale"}, "has the class 'pale'")):
-        keep_pseudo_labels(run, kept)
+    cases = {"none of the images without a label is among the 1": "dark", "has the class 'pale'": "pale"}
+    for number, (error, name) in enumerate(cases.items()):
+        run = write_classifier_run(folder, tmp_path / f"run{number}", {"0" * 16: name})
         with pytest.raises(ValueError, match=error):
-            GuidedTask(guided_config(folder, task=names | {"classifier": str(run)}))
+            GuidedTask(guided_config(folder, task=names | {"classifier": run}))
+    other = write_classifier_run(folder, tmp_path / "share", {"0" * 16: "dark"}, share=0.5)
+    with pytest.raises(ValueError, match=r"was guessed from labels with label_fraction 0\.5, not 0\.3"):
+        GuidedTask(guided_config(folder, task=names | {"classifier": other}))
+    (tmp_path / "share" / "pseudo_labels.json").write_text('{"images"')
+    with pytest.raises(ValueError, match="is damaged: train the classifier again"):
+        GuidedTask(guided_config(folder, task=names | {"classifier": other}))
+
+
+BUILT_IN = {"data_guidance": 4.0, "distillation_weight": 0.0, "method": "full"}
 
 
 def test_guidance_can_be_built_into_the_labelled_images_loss(folder):
     """The target lies as many times as far from the teacher: at the start the same error, and a gradient 1 / scale."""
     found = {}
     for scale in (1.0, 4.0):
-        options = {"data_guidance": scale, "distillation_weight": 0.0, "class_dropout": 0.0, "method": "full"}
-        task = GuidedTask(guided_config(folder, task=options | {"label_fraction": 1.0}))
+        options = BUILT_IN | {"data_guidance": scale, "class_dropout": 0.0, "label_fraction": 1.0}
+        task = GuidedTask(guided_config(folder, task=options))
         losses = task(batch_of(task, (0, 1, 2)), 0)
         losses["loss"].backward()
-        assert losses["loss"] == losses["data_error"]
+        assert losses["loss"] == losses["data_error"] and losses["distillation_error"] == 0
         found[scale] = (losses["data_error"].item(), task.unet.class_embedding.weight.grad)
     assert found[4.0][0] == pytest.approx(found[1.0][0], rel=1e-4) and found[1.0][1].abs().max() > 0
     assert torch.allclose(4 * found[4.0][1], found[1.0][1], rtol=1e-3, atol=1e-7)
+    with pytest.raises(ValueError, match="takes the place of the classifier's: set task.distillation_weight to 0"):
+        guided_config(folder, task={"data_guidance": 2.0})
 
 
-def test_without_distillation_the_null_is_taught_all_the_same(folder):
-    for dropout, taught in ((1.0, True), (0.0, False)):
-        options = {"distillation_weight": 0.0, "class_dropout": dropout, "method": "full", "data_weight": 0.0}
+def test_validation_takes_the_built_in_guidance_out_again(folder):
+    """A student that has learnt nothing has the null's error, whatever the scale; none is compared with guidance."""
+    data = {"source": str(folder / "images"), "resolution": 32, "caption_column": None}
+    task = GuidedTask(guided_config(folder, task=BUILT_IN, validation=data))
+    found = task.validate(4)
+    assert found.keys() == {"error", "null_error"} and found["error"] == pytest.approx(found["null_error"], rel=1e-4)
+    with torch.no_grad():
+        torch.nn.init.normal_(task.unet.class_embedding.weight)
+    moved = task.validate(4)["error"]
+    task.options = replace(task.options, data_guidance=1.0)
+    assert abs(moved - found["error"]) < abs(task.validate(4)["error"] - found["error"])
+
+
+def test_without_distillation_what_has_no_class_is_taught_the_teacher_all_the_same(folder):
+    for dropout, fraction, taught in ((1.0, 1.0, True), (0.0, 1.0, False), (0.0, 0.3, True)):
+        options = BUILT_IN | {"class_dropout": dropout, "data_weight": 0.0, "label_fraction": fraction}
         task = GuidedTask(guided_config(folder, task=options))
         with torch.no_grad():
             task.unet.conv_out.weight.mul_(1.5)
-        assert (task(batch_of(task, (0, 1, 2)), 0)["loss"] > 0) == taught
+        rows = np.flatnonzero(task.row_classes == (UNLABELLED if fraction < 1 else 0))[:3].tolist()
+        losses = task(batch_of(task, rows), 0)
+        assert (losses["loss"] > 0) == taught == (losses["distillation_error"] > 0)

@@ -13,8 +13,9 @@ from medisyn.config import parse_config
 from medisyn.data.loading import load_images
 from medisyn.guidance import load_classifier
 from medisyn.tasks import pseudo_labels
+from medisyn.tasks.calibration import fit_temperature
 from medisyn.tasks.labelled_rows import held_out_rows, rows_apart_from
-from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask, fit_temperature, labelled_subset
+from medisyn.tasks.latent_classifier import NOISE_LEVELS, LatentClassifierTask, labelled_subset
 from medisyn.trainer import Trainer
 from medisyn.training_record import read_training_record
 from tests.training import write_base, write_images
@@ -137,9 +138,10 @@ def test_images_without_a_label_are_learnt_from_by_what_a_cnn_takes_them_for(fol
     assert pseudo["images"] == len(task) - 12 == sum(pseudo["images_by_class"].values()) and pseudo["of_images"] == 12
     assert pseudo["validation_accuracy"] > 0.8 and report["images"] == 12
     kept = json.loads((run / "pseudo_labels.json").read_text())  # for a student of the same images
+    assert (kept["class_column"], kept["label_fraction"], kept["label_seed"]) == ("kind", 0.5, 0)
     given = dict(zip(task.images.hashes(), task.targets, strict=True))
-    assert len(kept) == pseudo["images"] and all(given[content] == int(name) for content, name in kept.items())
-    assert not kept.keys() & set(task.labelled.hashes())
+    assert len(kept["images"]) == pseudo["images"] and not kept["images"].keys() & set(task.labelled.hashes())
+    assert all(given[content] == int(name) for content, name in kept["images"].items())
     record = read_training_record(run / "classifier")
     assert len(record["labels"]["hashes"]) == 12 < len(record["hashes"]) == 24  # the CNN has seen them all
 
@@ -174,6 +176,13 @@ def test_no_image_of_a_patient_for_the_temperatures_is_learnt_from(folder):
     assert len(task._sources) == 24 > len(apart) + len(held)
     assert not {patients[row] for row in apart} & set(held.column("patient"))
     assert set(task.images.rows.tolist()) <= set(apart.tolist())
+
+
+def test_copies_of_images_that_are_labelled_or_held_out_keep_no_guess(folder):
+    images = load_images(str(folder / "images"), caption_column=None)
+    hashes = images.hashes()
+    kept = pseudo_labels.by_hash(images, {0: "a", 1: "b", 2: "c"}, (images.select([1, 5]), images.select([])))
+    assert kept == {hashes[0]: "a", hashes[2]: "c"}
 
 
 def test_pseudo_labels_need_every_image_to_be_of_a_class_and_some_without_a_label(folder, caplog):

@@ -19,6 +19,7 @@
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class GuidedTask(TrainingTask):
         self.classes = classifier.classes
         row_classes = labelled_rows(images, self.classes, column, self.options.label_fraction, self.options.label_seed)
         if self.options.pseudo_labels:
-            row_classes = with_pseudo_labels(row_classes, images, self.options.classifier, self.classes)
+            name = self.options.classifier or self.options.base
+            row_classes = with_pseudo_labels(row_classes, images, name, self.classes, self.options)
         starts = [base.config.get("_name_or_path") or self.options.base, self.options.classifier]
         starts += [self.options.lora.decoder] if self.options.lora is not None else []
         records = [find_training_record(name) for name in starts if name]
@@ -113,8 +115,7 @@ class GuidedTask(TrainingTask):
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         base.vae.to(memory_format=torch.channels_last)
-        device = PartialState().device
-        base.to(device)
+        base.to(device := PartialState().device)
         # nulls of the teacher's own conditions, where it has any
         with torch.no_grad():
             self._nulls = {EMBEDS_NAMES[kind]: base.null_embeds(kind) for kind in base.kinds}
@@ -198,36 +199,35 @@ class GuidedTask(TrainingTask):
     # -- objective -----------------------------------------------------------------------------------------------
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The weighted loss, and unweighted: the error against the guided teacher and on labelled images."""
+        """The weighted loss, and unweighted: the error of what the teacher teaches, and that on labelled images."""
+        options, prediction_type = self.options, self.noising.config.prediction_type
         latents, seeds = draw_latents(self.pipe, batch), batch["seed"]
         noise = seeded_normal(seeds, latents.shape[1:], _NOISE).to(latents.device)
         uniforms = seeded_uniform(seeds, 4, _UNIFORMS).to(latents.device)
         timesteps = (uniforms[:, 0] * self.noising.config.num_train_timesteps).long()
         noised = self.noising.add_noise(latents, noise, timesteps)
-        labelled = batch["class"] != UNLABELLED
-        options, prediction_type = self.options, self.noising.config.prediction_type
-        classes = batch["class"]
-        if not labelled.all():
+        classes, keep = batch["class"], uniforms[:, 3] >= options.class_dropout
+        labelled = classes != UNLABELLED
+        if not options.distillation_weight:
+            classes, keep = classes.clamp(min=0), keep & labelled
+        elif not labelled.all():
             drawn = (self.noising, noised, timesteps, uniforms[:, 1:3], options.uniform_classes)
             classes = torch.where(labelled, classes, draw_classes(self._frozen[1], *drawn))
-        keep = uniforms[:, 3] >= options.class_dropout
         prediction = self._predict(noised, timesteps, classes, keep)
         plain = self._teach(noised, timesteps)
         target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
         target = plain + options.data_guidance * (target - plain)
-        distilled = keep if options.distillation_weight else torch.zeros_like(keep)
-        guided = self._guided_target(noised, timesteps, classes, distilled, plain)
-        distillation = (prediction - guided).square().flatten(1).mean(dim=1)
         error = (prediction - target).square().flatten(1).mean(dim=1) / options.data_guidance**2
         own = (labelled & keep).float()  # the null is the teacher's affair: few images would only narrow it
+        taught = torch.where(keep, options.distillation_weight, 1.0)
+        if options.distillation_weight:
+            plain = self._guided_target(noised, timesteps, classes, keep, plain)
+        distillation = (prediction - plain).square().flatten(1).mean(dim=1)
         weights = min_snr_weights(compute_snr(self.noising, timesteps), options.min_snr_gamma, prediction_type)
-        distillation_weight = torch.where(keep, options.distillation_weight, 1.0)
-        loss = distillation_weight * distillation + options.data_weight * own * error
-        return {
-            "loss": (weights * loss).mean(),
-            "distillation_error": distillation.detach().mean(),
-            "data_error": (own * error).detach().sum() / own.sum().clamp(min=1.0),
-        }
+        losses = {"loss": (weights * (taught * distillation + options.data_weight * own * error)).mean()}
+        for name, part, counted in (("distillation_error", distillation, taught > 0), ("data_error", error, own > 0)):
+            losses[name] = (counted * part.detach()).sum() / counted.sum().clamp(min=1)
+        return losses
 
     def _predict(self, noised: Tensor, timesteps: Tensor, classes: Tensor, keep: Tensor | None = None) -> Tensor:
         """The student's prediction, float32 (B, C, h, w); of the null label where `keep` (B,) is false."""
@@ -265,12 +265,13 @@ class GuidedTask(TrainingTask):
     def validate(self, count: int) -> dict[str, float]:
         """Unweighted errors at fixed noise levels on images with a class: denoising with it and without, and teacher.
 
-        The gap between `null_error` and `error` is what the student has learnt of the classes.
+        The gap between `null_error` and `error`, in which no `data_guidance` is left, is what the student has learnt
+        of the classes.
         """
         if self._validation is None:
             self._validation, self._validation_classes = self._prepare_validation(count)
         data, device = self._validation, self.pipe.device
-        found: dict[str, list[Tensor]] = {"error": [], "null_error": [], "distillation_error": []}
+        found: dict[str, list[Tensor]] = defaultdict(list)
         prediction_type = self.noising.config.prediction_type
         for level in VALIDATION_NOISE_LEVELS:
             for rows in torch.arange(len(data)).split(64):
@@ -283,12 +284,15 @@ class GuidedTask(TrainingTask):
                 noised = self.noising.add_noise(latents, noise, timesteps)
                 target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
                 keep = torch.ones(len(rows), dtype=torch.bool, device=device)
-                prediction = self._predict(noised, timesteps, classes)
+                prediction, plain = self._predict(noised, timesteps, classes), self._teach(noised, timesteps)
+                unguided = plain + (prediction - plain) / self.options.data_guidance
                 pairs = {
-                    "error": (prediction, target),
+                    "error": (unguided, target),
                     "null_error": (self._predict(noised, timesteps, classes, ~keep), target),
-                    "distillation_error": (prediction, self._guided_target(noised, timesteps, classes, keep)),
                 }
+                if self.options.distillation_weight:
+                    guided = self._guided_target(noised, timesteps, classes, keep, plain)
+                    pairs["distillation_error"] = (prediction, guided)
                 for name, (one, other) in pairs.items():
                     found[name].append((one - other).square().flatten(1).mean(dim=1))
         return {name: torch.cat(errors).mean().item() for name, errors in found.items()}

@@ -16,7 +16,6 @@
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,19 +47,15 @@ from medisyn.tasks.base import (
     seeded_normal,
     seeded_uniform,
 )
+from medisyn.tasks.calibration import calibration_scores, fit_temperature, require_torchmetrics
 from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record, rows_apart_from
-from medisyn.tasks.pseudo_labels import keep_pseudo_labels, pseudo_label
+from medisyn.tasks.pseudo_labels import by_hash, keep_pseudo_labels, pseudo_label
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
 
 NOISE_LEVELS = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)  # fractions of the training timesteps
-TEMPERATURES = (0.2, 5.0)  # range that is searched, in steps of 1 %
-# standard deviation of the normal prior on a log temperature: a handful of images that are all told apart would ask
-# for the steepest gradient of the range
-TEMPERATURE_PRIOR = math.log(2)
 CALIBRATION_DRAWS = 4  # of noise for each image
-CALIBRATION_BINS = 15
 # streams of an item's seed
 _NOISE, _UNIFORMS = range(POSTERIOR + 1, 3)
 
@@ -83,7 +78,7 @@ class LatentClassifierTask(TrainingTask):
         self.targets = self._indices(self.images)
         self._sources = self.labelled  # all images that anything is learnt from
         if validation is not None:
-            _require_torchmetrics()
+            require_torchmetrics()
             known = np.array(self._indices(validation)) >= 0
             if not known.any():
                 raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
@@ -91,6 +86,7 @@ class LatentClassifierTask(TrainingTask):
         self.pipe = load_pipeline(self.options.base).to(PartialState().device)
         self.pipe.set_progress_bar_config(disable=True)
         self._pseudo: dict[str, Any] = {}
+        self._guessed: dict[str, str] = {}  # classes by the images' hashes
         if self.options.pseudo_labels is not None:
             self._add_pseudo_labelled(images, self.options.pseudo_labels)
         scratch: dict[str, Any] = {}
@@ -150,8 +146,9 @@ class LatentClassifierTask(TrainingTask):
         place = {row: i for i, row in enumerate(pool.rows.tolist())}
         known[[place[row] for row in self.images.rows.tolist()]] = self.targets
         if (known != UNLABELLED).all():
-            return logger.warning("task.pseudo_labels has nothing to label: all images have a label")
-        others, folder = self._other_images.get("validation"), Path(self.config.output_dir)
+            logger.warning("task.pseudo_labels has nothing to label: all images have a label")
+            return
+        others = self._other_images.get("validation")
         found, judged = pseudo_label(
             pool,
             known,
@@ -160,22 +157,27 @@ class LatentClassifierTask(TrainingTask):
             self.config.train.seed,
             others=others,
             device=self.pipe.device,
-            file=folder / "pseudo_labels.safetensors",
+            file=Path(self.config.output_dir) / "pseudo_labels.safetensors",
         )
         classes = np.where(known != UNLABELLED, known, found.argmax(axis=1))
         taken = np.flatnonzero((known != UNLABELLED) | (found.max(axis=1) >= options.threshold))
         self._sources = images
         self.images, self.targets = pool.select(taken), classes[taken].tolist()
-        guessed, hashes = taken[known[taken] == UNLABELLED], pool.hashes()
-        keep_pseudo_labels(folder, {hashes[row]: self.classes[classes[row]] for row in guessed if hashes[row]})
+        guessed = taken[known[taken] == UNLABELLED]
+        out = images.select(~np.isin(images.rows, pool.rows))
+        self._guessed = by_hash(pool, {i: self.classes[classes[i]] for i in guessed}, (self.labelled, out))
         added = Counter(classes[guessed].tolist())
-        self._pseudo = {"of_images": int((known == UNLABELLED).sum()), "images": len(guessed)}
-        self._pseudo["images_by_class"] = {name: added[i] for i, name in enumerate(self.classes)}
+        counts = {name: added[i] for i, name in enumerate(self.classes)}
+        self._pseudo = {
+            "of_images": int((known == UNLABELLED).sum()),
+            "images": len(guessed),
+            "images_by_class": counts,
+        }
         if others is not None:
             self._pseudo["validation_accuracy"] = float((judged.argmax(axis=1) == self._indices(others)).mean())
         logger.info("pseudo-labels: %s", self._pseudo)
         if len(added) < len(self.classes):
-            missing = ", ".join(name for i, name in enumerate(self.classes) if not added[i])
+            missing = ", ".join(name for name in counts if not counts[name])
             logger.warning("pseudo-labels: no other image is surely %s (task.pseudo_labels.threshold)", missing)
 
     def _indices(self, images: ImageDataset) -> list[int]:
@@ -251,7 +253,7 @@ class LatentClassifierTask(TrainingTask):
 
     def validate(self, count: int) -> dict[str, float]:
         """Loss, accuracy and expected calibration error at temperature 1, mean over noise levels and at each."""
-        by_level = {level: _scores(*self._logits("validation", level, count)) for level in NOISE_LEVELS}
+        by_level = {level: calibration_scores(*self._logits("validation", level, count)) for level in NOISE_LEVELS}
         means = {name: float(np.mean([scores[name] for scores in by_level.values()])) for name in by_level[0.05]}
         return means | {f"{name}_at_{level}": v for level, scores in by_level.items() for name, v in scores.items()}
 
@@ -280,6 +282,8 @@ class LatentClassifierTask(TrainingTask):
         report |= {name: labels[name] for name in ("class_column", "label_fraction", "label_seed")}
         self.classifier.save_pretrained(folder / "classifier")
         (folder / "classifier.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if self._guessed:
+            keep_pseudo_labels(folder, labels, self._guessed)
         record = image_record(self._sources)
         write_training_record(folder / "classifier", record | {"labels": labels})
         source = self.pipe.config.get("_name_or_path") or options.base
@@ -296,8 +300,8 @@ class LatentClassifierTask(TrainingTask):
             return found
         count = len(self._other_images["validation"])
         logits, classes = self._logits("validation", level, count, CALIBRATION_DRAWS)
-        found["calibration_error_before"] = _scores(logits, classes)["calibration_error"]
-        return found | _scores(logits / temperature, classes)
+        found["calibration_error_before"] = calibration_scores(logits, classes)["calibration_error"]
+        return found | calibration_scores(logits / temperature, classes)
 
 
 def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDataset, tuple[str, ...]]:
@@ -314,37 +318,3 @@ def labelled_subset(config: TrainConfig, images: ImageDataset) -> tuple[ImageDat
     groups = images.column(config.data.group_column) if config.data.group_column else None
     chosen = images.select(stratified_subset(wanted, groups, options.label_fraction, options.label_seed))
     return chosen, class_names(chosen.column(options.class_column), options.classes)
-
-
-def fit_temperature(logits: Tensor, classes: Tensor, images: int) -> float:
-    """What to divide logits by: most probable by their cross-entropy (Guo et al. 2017, section 4.2) and a prior.
-
-    Args:
-        logits: (N, K), several of an image where it was noised several times.
-        classes: (N,) in [0, K).
-        images: how many there are, for their weight beside the prior.
-    """
-    low, high = map(math.log, TEMPERATURES)
-    logs = torch.arange(low, high, 0.01, dtype=torch.float64)
-    losses = torch.stack([F.cross_entropy(logits.double() / each.exp(), classes) for each in logs])
-    best = (images * losses + 0.5 * (logs / TEMPERATURE_PRIOR).square()).argmin()
-    return round(float(logs[best].exp()), 4)
-
-
-def _require_torchmetrics() -> None:
-    """Fail before the training if the measurement at its end could not run."""
-    try:
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise ImportError("the calibration error needs torchmetrics: pip install medisyn[eval]") from error
-
-
-def _scores(logits: Tensor, classes: Tensor) -> dict[str, float]:
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    error = multiclass_calibration_error(
-        logits.softmax(dim=1), classes, num_classes=logits.shape[1], n_bins=CALIBRATION_BINS
-    )
-    accuracy = (logits.argmax(dim=1) == classes).float().mean()
-    loss = F.cross_entropy(logits, classes)
-    return {"loss": loss.item(), "accuracy": accuracy.item(), "calibration_error": error.item()}

@@ -14,9 +14,11 @@
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +34,14 @@ from medisyn.data.storage import digest, write_atomically
 from medisyn.evaluation.utility_classifier import CnnClassifier, augment
 from medisyn.tasks.labelled_rows import UNLABELLED
 
+logger = logging.getLogger(__name__)
+
 LABELLED, UNLABELLED_RATIO = 32, 2  # images of a step with a label, and how many times as many without
 AVERAGING = 0.995  # of the weights
 ALIGNMENT = 0.99  # of the mean belief
 CUTOUT = 0.22  # half of the side of the square that is blanked, as a share of the image's
 FILE = "pseudo_labels.json"
+LABEL_KEYS = ("class_column", "group_column", "label_fraction", "label_seed")  # of what the guesses come from
 
 
 def pseudo_label(
@@ -85,41 +90,69 @@ def pseudo_label(
     return cnn.predict(network, inputs), judged if others is None else cnn.predict(network, cnn.inputs(others))
 
 
-def keep_pseudo_labels(folder: Path, classes: Mapping[str, str]) -> None:
-    """Write the classes of images, by their content hashes, into a run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, (json.dumps(dict(classes), indent=0, sort_keys=True) + "\n").encode())
+def by_hash(images: ImageDataset, classes: Mapping[int, str], apart: Sequence[ImageDataset]) -> dict[str, str]:
+    """The guessed classes (row -> class) by the images' content hashes, but for copies of images in `apart`."""
+    hashes, known = images.hashes(), {content for others in apart for content in others.hashes()}
+    return {str(hashes[row]): name for row, name in classes.items() if hashes[row] and hashes[row] not in known}
+
+
+def keep_pseudo_labels(folder: Path, labels: Mapping[str, Any], classes: Mapping[str, str]) -> None:
+    """Write the classes of images, by their content hashes, into a run folder.
+
+    Args:
+        folder: of the run.
+        labels: what they were guessed from, see `label_record`.
+        classes: hash -> class.
+    """
+    kept = {name: labels[name] for name in LABEL_KEYS} | {"images": dict(classes)}
+    write_atomically(folder / FILE, (json.dumps(kept, indent=0, sort_keys=True) + "\n").encode())
 
 
 def with_pseudo_labels(
-    row_classes: np.ndarray, images: ImageDataset, folder: str | Path, classes: Sequence[str]
+    row_classes: np.ndarray, images: ImageDataset, name: str, classes: Sequence[str], options: Any
 ) -> np.ndarray:
     """The classes of rows, (N,) int64, completed by those that a classifier's run has kept for the same images.
 
     Args:
         row_classes: see `labelled_rows`; a known class stays.
         images: N.
-        folder: run folder of a latent classifier that was trained with `task.pseudo_labels`.
+        name: of a latent classifier that was trained with `task.pseudo_labels`: its run folder, or a part of it.
         classes: in order.
+        options: of the task, which say what labels may be known (`LABEL_KEYS`).
 
     Raises:
-        FileNotFoundError: the folder keeps no such classes.
-        ValueError: they are of other images or other classes.
+        FileNotFoundError: the run keeps no such classes.
+        ValueError: they come from other labels, or are of other images or classes; or the file is damaged.
     """
-    file = Path(folder) / FILE
+    folder = Path(name).expanduser()
+    file = (folder.parent if folder.name in ("classifier", "pipeline") else folder) / FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"task.pseudo_labels takes them from the run of task.classifier, and {str(folder)!r} is no run with "
-            f"{FILE}: train it with task.pseudo_labels, and name the run folder"
+            f"no {file}: a finished run of the task latent_classifier writes it, with task.pseudo_labels; name such a "
+            "run as task.classifier"
         )
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    if foreign := sorted(set(kept.values()) - set(classes)):
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        guessed, origin = dict(kept["images"]), {key: kept[key] for key in LABEL_KEYS}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: train the classifier again") from None
+    for key, value in origin.items():
+        own = getattr(options, key, images.config.group_column)
+        if value != own:
+            raise ValueError(f"{file} was guessed from labels with {key} {value!r}, not {own!r}")
+    if foreign := sorted(set(guessed.values()) - set(classes)):
         raise ValueError(f"{file} has the class {foreign[0]!r}, which the classifier has not: {', '.join(classes)}")
-    place = {name: index for index, name in enumerate(classes)}
-    found = np.array([place.get(kept.get(content or ""), UNLABELLED) for content in images.hashes()], dtype=np.int64)
-    if not (found[row_classes == UNLABELLED] != UNLABELLED).any():
-        raise ValueError(f"none of the images without a label has a class in {file}: it is of other images")
-    return np.where(row_classes != UNLABELLED, row_classes, found)
+    place = {label: index for index, label in enumerate(classes)}
+    found = np.array(
+        [place.get(guessed.get(content or ""), UNLABELLED) for content in images.hashes()], dtype=np.int64
+    )
+    found[row_classes != UNLABELLED] = UNLABELLED
+    if not (found != UNLABELLED).any():
+        raise ValueError(f"none of the images without a label is among the {len(guessed)} of {file}")
+    completed = np.where(found != UNLABELLED, found, row_classes)
+    rest = (completed == UNLABELLED).sum()
+    logger.info("pseudo-labels: of %d images, and %d have no class", (found != UNLABELLED).sum(), rest)
+    return completed
 
 
 def _read(network: nn.Module, file: Path, key: str) -> bool:
