@@ -352,7 +352,7 @@ def test_images_whose_class_the_classifiers_run_guessed_count_as_labelled(folder
     hashes, known = plain.images.hashes(), plain.row_classes != UNLABELLED
     unsure = int(np.flatnonzero(~known)[0])
     guessed = {content: "dark" for row, content in enumerate(hashes) if row != unsure}
-    run = write_classifier_run(folder, tmp_path / "run", guessed)
+    run = write_classifier_run(folder, tmp_path / "classifier", guessed)  # as the recipe's run is called
     names = {"classifier": run, "pseudo_labels": True, "labelled_share": 0.9}
     task = GuidedTask(guided_config(folder, task=names))
     dark, others = CLASSES.index("dark"), ~known

@@ -124,12 +124,13 @@ def with_pseudo_labels(
         FileNotFoundError: the run keeps no such classes.
         ValueError: they come from other labels, or are of other images or classes; or the file is damaged.
     """
-    folder = Path(name).expanduser()
-    file = (folder.parent if folder.name in ("classifier", "pipeline") else folder) / FILE
+    file = Path(name).expanduser() / FILE
+    if not file.is_file() and file.parent.name in ("classifier", "pipeline"):  # a part of a run, unless the run's name
+        file = file.parent.parent / FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"no {file}: a finished run of the task latent_classifier writes it, with task.pseudo_labels; name such a "
-            "run as task.classifier"
+            f"no {Path(name) / FILE}: a finished run of the task latent_classifier writes it, with "
+            "task.pseudo_labels; name such a run as task.classifier"
         )
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
