@@ -1,7 +1,9 @@
 """Temperatures of a classifier, and what says how far its probabilities can be trusted.
 
-temperature = fit_temperature(logits, classes, images=len(classes))
-calibration_scores(logits / temperature, classes)["calibration_error"]
+Probabilities are calibrated if what is called 0.8 is right in 0.8 of cases; a temperature divides the logits.
+
+    temperature = fit_temperature(logits, classes, images=len(classes))
+    calibration_scores(logits / temperature, classes)["calibration_error"]
 """
 
 import math

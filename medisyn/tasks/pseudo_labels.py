@@ -138,7 +138,7 @@ def with_pseudo_labels(
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged: train the classifier again") from None
     for key, value in origin.items():
-        own = getattr(options, key, images.config.group_column)
+        own = getattr(options, key, images.config.group_column)  # the one key that is not the task's
         if value != own:
             raise ValueError(f"{file} was guessed from labels with {key} {value!r}, not {own!r}")
     if foreign := sorted(set(guessed.values()) - set(classes)):
