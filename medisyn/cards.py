@@ -259,26 +259,31 @@ def metrics_of_report(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _metrics(report: Mapping[str, Any]):
     extractor = str(report["extractor"]["spec"]).partition("@")[0]
 
-    def metric(name: str, subset: str, values: Mapping[str, Any], images: int) -> dict[str, Any]:
-        numbers = {key: values.get(key) for key in ("synthetic", "real")}
-        return {"name": name, "subset": subset, "value": numbers["synthetic"], "real": numbers["real"]} | {
-            "images": images,
-            "extractor": extractor,
-        }
+    def metric(name: str, subset: str, values: Mapping[str, Any], images: int, judge: str = extractor) -> dict:
+        value, real = values.get("synthetic"), values.get("real")
+        return {"name": name, "subset": subset, "value": value, "real": real, "images": images, "extractor": judge}
 
-    for column, result in report["agreement"].items():
-        synthetic = result.get("synthetic", {}) if isinstance(result, Mapping) else {}
-        if "accuracy" not in synthetic:
-            continue
-        for score, title in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy")):
-            values = {name: result.get(name, {}).get(score) for name in ("synthetic", "real")}
-            yield metric(f"agreement with the requested {column}, {title}", "all", values, synthetic["images"])
-        for subset, scores in synthetic.get("ordinal", {}).items():
-            kappa = "quadratic_weighted_kappa"
-            if kappa in scores:
-                real = result.get("real", {}).get("ordinal", {}).get(subset, {})
-                values = {"synthetic": scores[kappa], "real": real.get(kappa)}
-                yield metric(f"{column}, quadratic-weighted kappa", subset, values, scores["images"])
+    def agreement(columns: Mapping[str, Any], judge: str, suffix: str = ""):
+        for column, result in columns.items():
+            synthetic = result.get("synthetic", {}) if isinstance(result, Mapping) else {}
+            if "accuracy" not in synthetic:
+                continue
+            for score, title in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy")):
+                values = {name: result.get(name, {}).get(score) for name in ("synthetic", "real")}
+                name = f"agreement with the requested {column}, {title}{suffix}"
+                yield metric(name, "all", values, synthetic["images"], judge)
+            for subset, scores in synthetic.get("ordinal", {}).items():
+                kappa = "quadratic_weighted_kappa"
+                if kappa in scores:
+                    real = result.get("real", {}).get("ordinal", {}).get(subset, {})
+                    values = {"synthetic": scores[kappa], "real": real.get(kappa)}
+                    name = f"{column}, quadratic-weighted kappa{suffix}"
+                    yield metric(name, subset, values, scores["images"], judge)
+
+    yield from agreement(report["agreement"], extractor)
+    if (second := report.get("agreement_cnn")) is not None:
+        cnn = second["classifier"]
+        yield from agreement(second["columns"], f"{cnn['model']} at {cnn['resolution']} px", ", by a CNN")
     overall = report["fidelity"]["overall"]
     if "omitted" not in overall:
         images = overall["images"]

@@ -10,6 +10,14 @@ from typing import Annotated
 import typer
 
 from medisyn.commands.arguments import parse_adapters, parse_guidance
+from medisyn.commands.utility import (
+    JUDGE_RESOLUTION,
+    JUDGE_STEPS,
+    CnnResolutionOption,
+    CnnStepsOption,
+    JudgeOption,
+    make_judge,
+)
 from medisyn.console import one_line_errors
 from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.inputs import open_images, open_pipeline
@@ -32,6 +40,9 @@ def main(
     guidance: Annotated[str | None, typer.Option(help='A number, or "text=3,image=2".')] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    cnn: JudgeOption = None,
+    cnn_steps: CnnStepsOption = JUDGE_STEPS,
+    cnn_resolution: CnnResolutionOption = JUDGE_RESOLUTION,
     cache_dir: Annotated[Path, typer.Option(help="Features; an interrupted run goes on.")] = Path("runs/features"),
 ) -> None:
     """Print and write the report."""
@@ -49,6 +60,7 @@ def main(
         seed,
         adapter=adapters,
         group_column=group_column,
+        cnn=make_judge(cnn, cnn_steps, cnn_resolution),
         cache_dir=cache_dir,
         num_inference_steps=steps,
         guidance_scale=None if guidance is None else parse_guidance(guidance),

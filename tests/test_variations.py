@@ -18,6 +18,7 @@ from medisyn.evaluation.features import load_extractor
 from medisyn.evaluation.fidelity import split_halves
 from medisyn.evaluation.inputs import nested_values, open_images
 from medisyn.evaluation.scores import score_values
+from medisyn.evaluation.utility_classifier import CnnClassifier
 from medisyn.evaluation.variations import compare_with_parents, evaluate_variations, recompressed, strangers
 from tests.components import tiny_pipeline
 from tests.evaluation import evaluation_data
@@ -109,6 +110,18 @@ def test_the_report_of_a_model(data, tmp_path):
     assert nested_values(made, COLUMNS)["finding"] == [classes[row] for row in parents]
     prompted = load_images(str(tmp_path / "prompted"), caption_column=None)
     assert prompted.column("prompt") == [real.column("caption")[row] for row in parents]
+
+
+def test_a_cnn_is_a_second_judge_with_checks_of_its_own(data, tmp_path):
+    cnn = CnnClassifier(model="test_resnet", resolution=64, steps=40, batch_size=16, learning_rate=4e-3)
+    report = measure(data, tiny_pipeline(("image",)), tmp_path, number=12, cnn=cnn)
+    found = report["agreement_cnn"]
+    assert found["classifier"]["resolution"] == report["extractor"]["resolution"] == 32
+    scores = found["columns"]["modality"]
+    assert scores["parents"]["accuracy"] > 0.9 and scores["variations"]["images"] == 12
+    expected = scores["variations"]["accuracy"] / scores["parents"]["accuracy"] >= 0.85
+    assert report["checks"]["agreement on modality is at least 0.85 of the parents', by a CNN"] == expected
+    assert "by a CNN" in (tmp_path / "report.md").read_text()
 
 
 def test_an_interrupted_run_goes_on_and_a_model_without_text_has_no_prompts(data, tmp_path):

@@ -21,6 +21,7 @@ from .arguments import (
     parse_adapters,
     parse_guidance,
 )
+from .utility import JUDGE_RESOLUTION, JUDGE_STEPS, CnnResolutionOption, CnnStepsOption, JudgeOption, make_judge
 
 
 def register(app: typer.Typer) -> None:
@@ -52,6 +53,9 @@ def evaluate(
     extractor: Annotated[
         str, typer.Option(metavar="SPEC", help="inception, timm:NAME@FILE, Hub name, ...")
     ] = "inception",
+    cnn: JudgeOption = None,
+    cnn_steps: CnnStepsOption = JUDGE_STEPS,
+    cnn_resolution: CnnResolutionOption = JUDGE_RESOLUTION,
     num_images: Annotated[int, typer.Option(min=2, max=100_000, help="Images to generate.")] = 600,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
@@ -83,6 +87,7 @@ def evaluate(
     from ..evaluation.report import evaluate as measure
     from ..pipelines.medisyn_pipeline import parse_labels
 
+    judge = make_judge(cnn, cnn_steps, cnn_resolution)
     quiet_progress_bars()
     measure(
         None if model_or_folder == DEFAULT else model_or_folder,
@@ -101,6 +106,7 @@ def evaluate(
         seed=seed,
         out=out,
         cache_dir=cache,
+        cnn=judge,
         allow_overlap=allow_overlap,
         progress=sys.stderr.isatty(),
     )

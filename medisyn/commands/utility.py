@@ -29,11 +29,12 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.utility_classifier import Classifier
+    from ..evaluation.utility_classifier import Classifier, CnnClassifier
 
 CLASSIFIERS = ("cnn", "probe")
 # The defaults of `CnnClassifier`, which imports torch.
 CNN, CNN_STEPS, CNN_RESOLUTION = "resnet10t", 200, 64
+JUDGE_STEPS, JUDGE_RESOLUTION = 600, 64  # of a CNN that has all training images to learn from
 
 RealOption = Annotated[list[str], typer.Option(metavar="DATA", help="Labelled real images; may be repeated.")]
 TestOption = Annotated[
@@ -55,6 +56,9 @@ ExtractorOption = Annotated[
 CnnOption = Annotated[str, typer.Option(metavar="NAME", help="timm model that is trained from scratch.")]
 CnnStepsOption = Annotated[int, typer.Option(min=1, help="Optimizer steps of the cnn, in every regime.")]
 CnnResolutionOption = Annotated[int, typer.Option(min=8, max=1024, help="Pixels that the cnn sees.")]
+JudgeOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Judge labels also by this timm model, trained on --train.")
+]
 ShareOption = Annotated[float, typer.Option(help="Share of synthetic images in mixed batches.")]
 DropOverlapOption = Annotated[
     bool, typer.Option("--drop-overlap", help="Leave test images out that were trained on, in place of refusing.")
@@ -209,7 +213,7 @@ def utility(
     typer.echo(f"the report, utility.md, is in {out}")
 
 
-# ---- what `medisyn augment` reads as well ---------------------------------------------------------------------------
+# ---- what `medisyn augment` and `medisyn evaluate` read as well -----------------------------------------------------
 
 
 def make_classifiers(
@@ -234,6 +238,16 @@ def make_classifiers(
         else:
             made.append(ProbeClassifier(load_extractor(extractor, device=place), cache, progress=sys.stderr.isatty()))
     return made
+
+
+def make_judge(cnn: str | None, steps: int, resolution: int) -> "CnnClassifier | None":
+    """The second classifier of label agreement, for whose classes all count the same; None for none."""
+    if cnn is None:
+        return None
+    from ..doctor import best_device
+    from ..evaluation.utility_classifier import CnnClassifier
+
+    return CnnClassifier(model=cnn, steps=steps, resolution=resolution, balanced=True, device=best_device())
 
 
 def split_names(option: str, text: str) -> list[str]:

@@ -13,13 +13,16 @@ Notable choices:
 * Confidence intervals resample patients, not images, where real images have a patient.
 * Grades get a quadratic-weighted kappa of the same predictions, since grade 2 for grade 3 is nearly right.
 * Only outer values that are evaluated are fitted: those of a whole corpus cost minutes beside one new specialty.
+* The classifier can be another: frozen features read faint texture, which an autoencoder may take from an image whose
+  class is still there to see. A CNN that learns from the training images themselves (`cnn_fit`) is a second judge.
 
     labelled = LabelledFeatures(features, labels=table["modality"])
     label_agreement(training, {"real": validation, "synthetic": labelled})["synthetic"]["accuracy"]
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +36,7 @@ class LabelledFeatures:
     """Features (N, D) with one label per image.
 
     Attributes:
-        features: One row per image.
+        features: One row per image; pixels (N, 3, S, S) for a classifier that takes those.
         labels: The class of each image; None where it is not known.
         within: The outer value of each image where the column is nested in another, None where it is not known.
         groups: Patient of each image, for the confidence interval.
@@ -73,6 +76,7 @@ def label_agreement(
     evaluated: Mapping[str, LabelledFeatures],
     seed: int = 0,
     grades: Mapping[str, Sequence[str]] | None = None,
+    fit: Callable[[np.ndarray, Sequence[str]], Any] = fit_classifier,
 ) -> dict:
     """Fit on `training`, score each of `evaluated`.
 
@@ -81,6 +85,7 @@ def label_agreement(
         evaluated: Name, such as "real" or "synthetic", to images with the labels they have or were asked to have.
         seed: Of the bootstrap.
         grades: For an ordinal column, outer value ("" if it is not nested) to all its labels, lowest first.
+        fit: Features and labels to a classifier with `classes_` and `predict`.
 
     Returns:
         `chance` (expected balanced accuracy of guessing), `training_images` (their number), `omitted_classes` (class
@@ -97,7 +102,7 @@ def label_agreement(
         if len(classes) < 2:
             omitted.update(dict.fromkeys(classes, "the only class here among the training images"))
             continue
-        classifiers[value] = fit_classifier(training.features[list(own)], list(own.values()))
+        classifiers[value] = fit(training.features[list(own)], list(own.values()))
         chances += [1 / len(classes)] * len(classes)
     if not classifiers:
         return {"omitted": "the training images have fewer than two classes to tell apart"}

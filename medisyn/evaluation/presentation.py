@@ -4,7 +4,7 @@ print(format_table(json.loads(Path("outputs/evaluation/report.json").read_text()
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ def format_table(report: Mapping) -> str:
         "## Label agreement",
         _agreement_text(report["agreement"]),
         *_ordinal_text(report["agreement"]),
+        *cnn_text(report.get("agreement_cnn"), _agreement_text, _ordinal_text),
         "## Nearest training image",
         _nearest_text(report["nearest_training_image"]),
         "## Notes",
@@ -109,6 +110,26 @@ def _ordinal_text(agreement: Mapping) -> list[str]:
         "Quadratic-weighted kappa of the classifier's grade with that of the image or the request: 1 is the same, 0 "
         "is chance.",
         markdown_table(header, rows),
+    ]
+
+
+def cnn_text(found: Mapping | None, table: Callable[[Mapping], str], *sections: Callable) -> list[str]:
+    """The sections of a CNN's agreement, if there was one.
+
+    Args:
+        found: `agreement_cnn` of a report.
+        table: Its columns as text.
+        sections: Its columns as further sections.
+    """
+    if found is None:
+        return []
+    cnn, columns = found["classifier"], found["columns"]
+    return [
+        "## Label agreement, by a CNN",
+        f"{cnn['model']} at {cnn['resolution']} px, trained from random weights on the training images alone, "
+        f"{cnn['steps']} steps of {cnn['batch_size']} images for each column or outer value.",
+        table(columns),
+        *(text for section in sections for text in section(columns)),
     ]
 
 

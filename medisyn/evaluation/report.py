@@ -17,13 +17,14 @@ Notable choices:
         --train "corpus/train-*.parquet" --ordinal finding --extractor timm:tf_efficientnet_lite0@lite0.pth
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .agreement import LabelledFeatures, label_agreement
+from .agreement import LabelledFeatures, fit_classifier, label_agreement
 from .features import extract_features, load_extractor
 from .fidelity import NEAREST, fidelity, fidelity_by_value, nearest_training_distance
 from .inputs import (
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ..data.loading import ImageDataset
     from ..loading import Adapters
     from ..pipelines.medisyn_pipeline import MediSynPipeline
+    from .utility_classifier import CnnClassifier
 
 USUAL_COLUMNS = ("modality", "finding")
 
@@ -72,6 +74,7 @@ def evaluate(
     batch_size: int = 16,
     cache_dir: str | Path | None = None,
     group_column: str = "group_id",
+    cnn: "CnnClassifier | None" = None,
     allow_overlap: bool = False,
     progress: bool = True,
 ) -> dict:
@@ -100,6 +103,7 @@ def evaluate(
         batch_size: Images per call of the pipeline.
         cache_dir: Folder that keeps features between evaluations; None keeps nothing.
         group_column: Patient column of the real images, used where they have it.
+        cnn: A second classifier for label agreement, which learns from `train` itself; at most at the images' size.
         allow_overlap: Go on although the model has seen some of the real images; the report says how many.
         progress: Show progress bars.
 
@@ -113,6 +117,8 @@ def evaluate(
         FileExistsError: `out` has a folder `images` that no evaluation made.
         OSError: `out` cannot be written, or extractor weights cannot be downloaded.
     """
+    if cnn is not None and train is None:
+        raise ValueError("a cnn learns the labels from real training images: give train")
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     orders = parse_ordinal(ordinal)
@@ -176,6 +182,7 @@ def evaluate(
         "overlap": overlap,
         "fidelity": _fidelity(features, real_values, requested, groups, seed),
         "agreement": _agreement(features, sets, per, groups, seed, grades),
+        **({} if cnn is None else {"agreement_cnn": _agreement_of(cnn, sets, per, groups, seed, grades, progress)}),
         "nearest_training_image": _nearest(features, seed),
         "notes": _notes(per, requested, groups, shared, overlap),
     }
@@ -229,8 +236,32 @@ def _grades(
     return grades
 
 
+def _agreement_of(
+    cnn: "CnnClassifier",
+    sets: dict,
+    per: Sequence[str],
+    groups: list | None,
+    seed: int,
+    grades: Mapping[str, Mapping],
+    progress: bool,
+) -> dict:
+    """`_agreement` by a CNN, on pixels in place of features, and how it was trained."""
+    from .utility_classifier import cnn_fit
+
+    cnn = replace(cnn, resolution=min(cnn.resolution, *sets["synthetic"].image(0).size))
+    pixels = {name: cnn.inputs(images).numpy() for name, images in sets.items()}
+    columns = _agreement(pixels, sets, per, groups, seed, grades, cnn_fit(cnn, seed, progress))
+    return {"classifier": cnn.describe(), "columns": columns}
+
+
 def _agreement(
-    features: dict, sets: dict, per: Sequence[str], groups: list | None, seed: int, grades: Mapping[str, Mapping]
+    features: dict,
+    sets: dict,
+    per: Sequence[str],
+    groups: list | None,
+    seed: int,
+    grades: Mapping[str, Mapping],
+    fit: Callable = fit_classifier,
 ) -> dict:
     if "train" not in sets:
         return {"omitted": "no training images were given"}
@@ -247,7 +278,7 @@ def _agreement(
             within = nested_values(sets[name], per[:depth])[per[depth - 1]] if depth else None
             labelled[name] = LabelledFeatures(features[name], own, within, groups if name == "real" else None)
         training = labelled.pop("train")
-        result[column] = label_agreement(training, dict(sorted(labelled.items())), seed, grades.get(column))
+        result[column] = label_agreement(training, dict(sorted(labelled.items())), seed, grades.get(column), fit)
     return result
 
 

@@ -17,7 +17,7 @@ Notable choices:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,11 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from tqdm import tqdm
 
 from ..data.preprocessing import Preprocessor
 from .agreement import REGULARISATION
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..data.loading import ImageDataset
     from .features import FeatureExtractor
 
@@ -68,6 +71,7 @@ class CnnClassifier:
         weight_decay: Of AdamW.
         label_smoothing: Share of a label that goes to all classes.
         horizontal_flip: Mirror half of the images; must be off where a body side is stated.
+        balanced: Draw every class equally often, with replacement; otherwise images come in passes.
         device: Where it is trained.
     """
 
@@ -80,6 +84,7 @@ class CnnClassifier:
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     horizontal_flip: bool = True
+    balanced: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -95,13 +100,17 @@ class CnnClassifier:
     def describe(self) -> dict[str, Any]:
         """Everything that decides its predictions, for reports and for the names of finished cells."""
         names = ("model", "resolution", "steps", "batch_size", "learning_rate", "weight_decay", "label_smoothing")
-        return {"classifier": self.name, **{name: getattr(self, name) for name in (*names, "horizontal_flip")}}
+        described = {"classifier": self.name, **{name: getattr(self, name) for name in (*names, "horizontal_flip")}}
+        return described | ({"balanced": True} if self.balanced else {})
 
     def inputs(self, images: "ImageDataset") -> Tensor:
         """Pixels (N, 3, resolution, resolution), uint8."""
+        return self.inputs_of(images.image(index) for index in range(len(images)))
+
+    def inputs_of(self, images: Iterable["Image"]) -> Tensor:
+        """Pixels (N, 3, resolution, resolution), uint8, of at least one picture."""
         crop = Preprocessor(self.resolution).crop_image
-        pixels = [np.asarray(crop(images.image(index))) for index in range(len(images))]
-        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack([np.asarray(crop(image)) for image in images])).permute(0, 3, 1, 2)
 
     def fit_predict(
         self, stages: Sequence[Sequence[Part]], inputs: Tensor, number_of_classes: int, seed: int
@@ -148,7 +157,8 @@ class CnnClassifier:
             lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
         )
         sizes = _batch_sizes([part.share for part in stage], self.batch_size)
-        orders = [_endless_order(len(part.labels), size * steps, rng) for part, size in zip(stage, sizes, strict=True)]
+        order_of = _balanced_order if self.balanced else _endless_order
+        orders = [order_of(part.labels, size * steps, rng) for part, size in zip(stage, sizes, strict=True)]
         for step in range(steps):
             rows = [order[step * size : (step + 1) * size] for order, size in zip(orders, sizes, strict=True)]
             pixels = torch.cat([part.inputs[own] for part, own in zip(stage, rows, strict=True)])
@@ -246,6 +256,39 @@ class ProbeClassifier:
 Classifier = CnnClassifier | ProbeClassifier
 
 
+@dataclass(frozen=True)
+class FittedCnn:
+    """A trained CNN that says names of classes, as `label_agreement` asks of a classifier.
+
+    Attributes:
+        cnn: How it was trained.
+        network: With one output for each of `classes_`.
+        classes_: Their names, (K,).
+    """
+
+    cnn: CnnClassifier
+    network: torch.nn.Module
+    classes_: np.ndarray
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """Names (N,) of the likeliest classes of pixels (N, 3, resolution, resolution), uint8."""
+        return self.classes_[self.cnn.predict(self.network, torch.from_numpy(inputs)).argmax(1)]
+
+
+def cnn_fit(cnn: CnnClassifier, seed: int = 0, progress: bool = False) -> Callable[..., FittedCnn]:
+    """What `label_agreement` calls with pixels, as `cnn.inputs` gives them, and names of classes."""
+    bar = tqdm(desc="classifiers trained", unit="", disable=not progress)
+
+    def fit(inputs: np.ndarray, labels: Sequence[str]) -> FittedCnn:
+        classes, rows = np.unique(np.asarray(labels), return_inverse=True)
+        part = Part(torch.from_numpy(inputs), torch.from_numpy(rows))
+        fitted = FittedCnn(cnn, cnn.fit([[part]], len(classes), seed), classes)
+        bar.update()
+        return fitted
+
+    return fit
+
+
 def augment(images: Tensor, rng: torch.Generator, horizontal_flip: bool = True) -> Tensor:
     """Random crops (77–100 % of the side), flips, and weak changes of brightness, contrast and colour.
 
@@ -290,10 +333,15 @@ def _batch_sizes(shares: Sequence[float], batch_size: int) -> list[int]:
     return np.diff(ends, prepend=0).tolist()
 
 
-def _endless_order(number: int, wanted: int, rng: torch.Generator) -> Tensor:
-    """`wanted` rows of `number`: one shuffled pass after the other."""
-    passes = [torch.randperm(number, generator=rng) for _ in range(math.ceil(wanted / number))]
+def _endless_order(labels: Tensor, wanted: int, rng: torch.Generator) -> Tensor:
+    """`wanted` rows: one shuffled pass after the other."""
+    passes = [torch.randperm(len(labels), generator=rng) for _ in range(math.ceil(wanted / len(labels)))]
     return torch.cat(passes)[:wanted]
+
+
+def _balanced_order(labels: Tensor, wanted: int, rng: torch.Generator) -> Tensor:
+    """`wanted` rows, drawn with replacement so that every class is expected equally often."""
+    return torch.multinomial(_balanced_weights(labels), wanted, replacement=True, generator=rng)
 
 
 def _balanced_weights(labels: Tensor) -> Tensor:

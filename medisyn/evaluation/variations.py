@@ -13,7 +13,7 @@
 
 import io
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -29,12 +29,13 @@ from ..generation.provenance import atomic_file
 from ..generation.requests import Request, make_requests, read_image
 from ..generation.strategies import STRATEGIES, parse_strategy
 from ..generation.synthesize import synthesize
-from .agreement import LabelledFeatures, label_agreement
+from .agreement import LabelledFeatures, fit_classifier, label_agreement
 from .features import FeatureExtractor, extract_features
 from .fidelity import fidelity, split_halves
 from .inputs import groups_of, nested_values, source_names, without_overlap
 from .sampling import adapter_names, draw_rows, model_name
 from .scores import score_values
+from .utility_classifier import CnnClassifier, cnn_fit
 from .variations_report import format_variations
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def evaluate_variations(
     seed: int = 0,
     adapter: "Adapters | None" = None,
     group_column: str = "group_id",
+    cnn: CnnClassifier | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = True,
     **arguments: Any,
@@ -80,13 +82,15 @@ def evaluate_variations(
         seed: Image i is made with `seed + i`; also seeds the halves, the draws and the bootstrap.
         adapter: What `pipe` was loaded with, for the guard against leakage.
         group_column: Patient, for halves, strangers and intervals; used where there is one.
+        cnn: A second classifier for the classes, which learns from `train` itself; at most at the size of the images.
         cache_dir: Keeps features of real images.
         progress: Show bars.
         arguments: Of `synthesize`, such as `num_inference_steps`.
 
     Returns:
-        The report: `agreement` (column to what `label_agreement` returns and `ratio` to the parents), `similarity`
-        (see `compare_with_parents`), `fidelity` (see the function) and `checks` (name to boolean).
+        The report: `agreement` (column to what `label_agreement` returns and `ratio` to the parents), with `cnn` also
+        `agreement_cnn` (`classifier`, and `columns` of the same form), `similarity` (see `compare_with_parents`),
+        `fidelity` (see the function) and `checks` (name to boolean).
 
     Raises:
         ValueError: A strategy without a single parent, a model without an image condition, no such column, too few
@@ -143,6 +147,13 @@ def evaluate_variations(
         "similarity": compare_with_parents(real_features[rows], compared, patients, seed),
         "fidelity": {name: fidelity(real_features, made[name][0], groups, classes, seed) for name in files},
     }
+    if cnn is not None:
+        cnn = replace(cnn, resolution=min(cnn.resolution, size))
+        made = {"parents": (cnn.inputs_of(real.image(row) for row in parents).numpy(), parents)}
+        made |= {name: (cnn.inputs_of(map(read_image, own)).numpy(), rows_of[name]) for name, own in files.items()}
+        fit = cnn_fit(cnn, seed, progress)
+        found = _agreement(columns, train, cnn.inputs(train).numpy(), real, groups, made, seed, fit)
+        report["agreement_cnn"] = {"classifier": cnn.describe(), "columns": found}
     report["checks"] = _checks(report)
     for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", format_variations(report))):
         with atomic_file(out / name) as partial:
@@ -226,6 +237,7 @@ def _agreement(
     groups: Sequence[Hashable] | None,
     made: Mapping[str, Made],
     seed: int,
+    fit: Callable = fit_classifier,
 ) -> dict[str, dict]:
     """Per column `label_agreement` of images with the classes of their parents, and its `ratio` to the parents'."""
     result: dict[str, dict] = {}
@@ -233,7 +245,7 @@ def _agreement(
         nested = columns[:depth]
         training = _labelled(train, (train_features, list(range(len(train)))), nested)
         evaluated = {name: _labelled(real, each, nested, groups) for name, each in made.items()}
-        result[nested[-1]] = scores = label_agreement(training, evaluated, seed)
+        result[nested[-1]] = scores = label_agreement(training, evaluated, seed, fit=fit)
         best = scores.get("parents", {}).get("accuracy")
         if best:
             others = {name: scores[name].get("accuracy") for name in made if name != "parents"}
@@ -258,10 +270,11 @@ def _labelled(
 def _checks(report: Mapping) -> dict[str, bool]:
     """What variations should be, as far as it could be measured."""
     checks = {}
-    for column, scores in report["agreement"].items():
-        if "variations" in scores.get("ratio", {}):
-            name = f"agreement on {column} is at least {SHARE_OF_REAL} of the parents'"
-            checks[name] = scores["ratio"]["variations"] >= SHARE_OF_REAL
+    judges = {"": report["agreement"], ", by a CNN": report.get("agreement_cnn", {}).get("columns", {})}
+    for (judge, columns), column in ((each, column) for each in judges.items() for column in each[1]):
+        if "variations" in (ratio := columns[column].get("ratio", {})):
+            name = f"agreement on {column} is at least {SHARE_OF_REAL} of the parents'{judge}"
+            checks[name] = ratio["variations"] >= SHARE_OF_REAL
     median = {name: scores.get("median") for name, scores in report["similarity"].items()}
     copies = [median[f"jpeg_{quality}"] for quality in QUALITIES]
     checks["less like the parent than its JPEG re-compression"] = median["variation"] < min(copies)

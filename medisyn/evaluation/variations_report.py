@@ -5,7 +5,7 @@ print(format_variations(json.loads(Path("outputs/variations/report.json").read_t
 
 from collections.abc import Mapping
 
-from .presentation import markdown_table
+from .presentation import cnn_text, markdown_table
 
 
 def format_variations(report: Mapping) -> str:
@@ -17,6 +17,7 @@ def format_variations(report: Mapping) -> str:
         f"{images} images, compared at {extractor['resolution']} px. Features: `{extractor['spec']}`.",
         "## Agreement with the class of the parent",
         _agreement(report["agreement"]),
+        *cnn_text(report.get("agreement_cnn"), _agreement),
         "## Cosine similarity to the parent",
         _similarity(report["similarity"]),
         "## Fréchet distance to real images of other patients",
