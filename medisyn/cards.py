@@ -244,61 +244,6 @@ def pictures_of(text: str) -> list[str]:
     return found
 
 
-def metrics_of_report(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers of `report.json` that a card shows, each beside that of real images.
-
-    Raises:
-        ValueError: It is no report of `medisyn evaluate`.
-    """
-    try:
-        return list(_metrics(report))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"report.json is not a report of medisyn evaluate: {error!r}") from None
-
-
-def _metrics(report: Mapping[str, Any]):
-    extractor = str(report["extractor"]["spec"]).partition("@")[0]
-
-    def metric(name: str, subset: str, values: Mapping[str, Any], images: int, judge: str = extractor) -> dict:
-        value, real = values.get("synthetic"), values.get("real")
-        return {"name": name, "subset": subset, "value": value, "real": real, "images": images, "extractor": judge}
-
-    def agreement(columns: Mapping[str, Any], judge: str, suffix: str = ""):
-        for column, result in columns.items():
-            synthetic = result.get("synthetic", {}) if isinstance(result, Mapping) else {}
-            if "accuracy" not in synthetic:
-                continue
-            for score, title in (("accuracy", "accuracy"), ("balanced_accuracy", "balanced accuracy")):
-                values = {name: result.get(name, {}).get(score) for name in ("synthetic", "real")}
-                name = f"agreement with the requested {column}, {title}{suffix}"
-                yield metric(name, "all", values, synthetic["images"], judge)
-            for subset, scores in synthetic.get("ordinal", {}).items():
-                kappa = "quadratic_weighted_kappa"
-                if kappa in scores:
-                    real = result.get("real", {}).get("ordinal", {}).get(subset, {})
-                    values = {"synthetic": scores[kappa], "real": real.get(kappa)}
-                    name = f"{column}, quadratic-weighted kappa{suffix}"
-                    yield metric(name, subset, values, scores["images"], judge)
-
-    yield from agreement(report["agreement"], extractor)
-    if (second := report.get("agreement_cnn")) is not None:
-        cnn = second["classifier"]
-        yield from agreement(second["columns"], f"{cnn['model']} at {cnn['resolution']} px", ", by a CNN")
-    overall = report["fidelity"]["overall"]
-    if "omitted" not in overall:
-        images = overall["images"]
-        yield metric("Fréchet distance", "all", overall["frechet_distance"], images)
-        kernel = {name: 1000 * overall["kernel_distance"][name] for name in ("synthetic", "real")}
-        yield metric("kernel distance (KID) × 1000", "all", kernel, images)
-        for score in ("precision", "recall", "density", "coverage"):
-            yield metric(score, "all", overall[score], images)
-    nearest = report["nearest_training_image"]
-    if "omitted" not in nearest:
-        for score, title in (("percentile_1", "1st percentile"), ("median", "median")):
-            values = {name: nearest[name][score] for name in ("synthetic", "real")}
-            yield metric(f"cosine distance to the nearest training image, {title}", "all", values, nearest["images"])
-
-
 def _merged(sections: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """Texts for the template's own sections, and the other sections."""
     hand, extra = dict.fromkeys(MERGED, ""), []

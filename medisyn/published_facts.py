@@ -24,7 +24,8 @@ from .adapter_folder import (
     weights_hash,
     write_manifest,
 )
-from .cards import CardFacts, metrics_of_report
+from .card_metrics import metrics_of_report
+from .cards import CardFacts
 from .cleaning import without_paths
 from .hub import is_hub_name, split_revision
 from .licenses import Source

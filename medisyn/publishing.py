@@ -25,12 +25,12 @@ import yaml
 from PIL import Image
 
 from .adapter_folder import MANIFEST, SAMPLES
+from .card_metrics import metrics_of_report
 from .cards import (
     MARK,
     License,
     license_note,
     make_card,
-    metrics_of_report,
     own_headings,
     pictures_of,
     read_sections,

@@ -8,11 +8,11 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
+from medisyn.card_metrics import metrics_of_report
 from medisyn.cards import (
     SUMMARY,
     CardFacts,
     make_card,
-    metrics_of_report,
     objections,
     own_headings,
     pictures_of,

@@ -1,17 +1,21 @@
-"""A second judge of labels: a CNN that learns from the real training images."""
+"""A second judge: a CNN that learns the classes from the real training images."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from medisyn.cards import metrics_of_report
-from medisyn.evaluation.agreement import LabelledFeatures, label_agreement
-from medisyn.evaluation.utility_classifier import CnnClassifier, Part, cnn_fit
+from medisyn.card_metrics import metrics_of_report
+from medisyn.cli import app
+from medisyn.data.loading import load_images
+from medisyn.evaluation.judge import train_judge
+from medisyn.evaluation.utility_classifier import CnnClassifier, Part
 from tests.evaluation import KNEES, evaluation_data, run, write_images
 
+COLUMNS = ("modality", "finding")
 CNN = CnnClassifier(model="test_resnet", resolution=64, steps=40, batch_size=16, learning_rate=4e-3, balanced=True)
 
 
@@ -20,7 +24,7 @@ def data(tmp_path_factory):
     return evaluation_data(tmp_path_factory.mktemp("data"))
 
 
-def test_a_cnn_judges_labels_beside_the_features(data, tmp_path):
+def test_a_network_of_the_domain_judges_beside_the_features(data, tmp_path):
     # A generator that makes nodules whatever it is asked for.
     folder = tmp_path / "images"
     write_images(folder, 40, 5, pairs=[("CT", "nodule")])
@@ -29,27 +33,29 @@ def test_a_cnn_judges_labels_beside_the_features(data, tmp_path):
         line["finding"] = ("normal", "nodule")[index % 2]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = run(data, str(folder), tmp_path / "out", train=data["train"], cnn=CNN)
-    found = report["agreement_cnn"]
-    assert found["columns"]["finding"]["real"]["accuracy"] > 0.9
-    assert found["columns"]["finding"]["synthetic"]["balanced_accuracy"] == pytest.approx(0.5, abs=0.05)
-    assert found["columns"]["modality"]["synthetic"]["accuracy"] > 0.9
+    found = report["judge"]
+    assert found["agreement"]["finding"]["real"]["accuracy"] > 0.9
+    assert found["agreement"]["finding"]["synthetic"]["balanced_accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert found["agreement"]["modality"]["synthetic"]["accuracy"] > 0.9
+    # One kind of image in place of three is far from real images in its features, too.
+    assert found["fidelity"]["overall"]["frechet_distance"]["ratio"] > 2
     # No larger than the images that are compared, or real ones would be seen sharper than synthetic ones.
-    assert found["classifier"]["resolution"] == 32 and found["classifier"]["balanced"]
+    assert found["classifier"]["resolution"] == 32 and found["classifier"]["classes"] == 3
     written = (tmp_path / "out" / "report.md").read_text()
-    assert "by a CNN" in written and "test_resnet at 32 px" in written
+    assert "network of the domain" in written and "test_resnet at 32 px" in written
     metrics = {metric["name"]: metric for metric in metrics_of_report(report)}
-    measured = metrics["agreement with the requested finding, accuracy, by a CNN"]
-    assert measured["value"] == found["columns"]["finding"]["synthetic"]["accuracy"]
+    measured = metrics["agreement with the requested finding, accuracy, by a CNN of the domain"]
+    assert measured["value"] == found["agreement"]["finding"]["synthetic"]["accuracy"]
     assert measured["extractor"] == "test_resnet at 32 px"
     assert metrics["agreement with the requested finding, accuracy"]["extractor"].startswith("timm:test_efficientnet")
+    distance = metrics["Fréchet distance, by a CNN of the domain"]["value"]
+    assert distance == found["fidelity"]["overall"]["frechet_distance"]["synthetic"]
 
 
-def test_grades_get_a_kappa_of_the_cnn_too(data, tmp_path):
-    report = run(
-        data, data["knees"], tmp_path / "out", "knees", train=data["knees_train"], per=["finding"], ordinal="finding",
-        cnn=CNN,
-    )  # fmt: skip
-    grades = report["agreement_cnn"]["columns"]["finding"]["synthetic"]["ordinal"]["all"]
+def test_grades_get_a_kappa_too(data, tmp_path):
+    sources = {"train": data["knees_train"], "per": ["finding"], "ordinal": "finding", "cnn": CNN}
+    report = run(data, data["knees"], tmp_path / "out", "knees", **sources)
+    grades = report["judge"]["agreement"]["finding"]["synthetic"]["ordinal"]["all"]
     assert grades["quadratic_weighted_kappa"] > 0.8 and grades["images"] == 12 * len(KNEES)
 
 
@@ -57,14 +63,60 @@ def test_without_training_images_there_is_nothing_to_learn_from(data, tmp_path):
     with pytest.raises(ValueError, match="give train"):
         run(data, data["synthetic"], tmp_path / "out", cnn=CNN)
     assert not (tmp_path / "out").exists()
-    assert "agreement_cnn" not in run(data, data["synthetic"], tmp_path / "out", train=data["train"])
+    assert "judge" not in run(data, data["synthetic"], tmp_path / "out", train=data["train"])
+
+
+def test_a_judge_is_trained_once(data, tmp_path, monkeypatch):
+    train = load_images(data["train"], caption_column=None)
+    quick = replace(CNN, resolution=32, steps=2)
+    first = train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
+    (kept,) = tmp_path.glob("judge-*.safetensors")
+    fits = []
+    monkeypatch.setattr(CnnClassifier, "fit", lambda self, *given: fits.append(given) or first.network)
+    again = train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
+    assert not fits and again.classes == first.classes == ("CT / nodule", "CT / normal", "fundus / normal")
+    pixels = quick.inputs(train).numpy()[:4]
+    assert np.array_equal(first.features(pixels), again.features(pixels)) and first.features(pixels).shape[0] == 4
+    # Another question is another network; what a killed run has left behind is no network.
+    train_judge(quick, train, COLUMNS[:1], cache_dir=tmp_path)
+    train_judge(replace(quick, steps=3), train, COLUMNS, cache_dir=tmp_path)
+    train_judge(quick, train, COLUMNS, seed=1, cache_dir=tmp_path)
+    assert len(fits) == 3
+    kept.write_bytes(b"half")
+    train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
+    assert len(fits) == 4
+
+
+def test_a_judge_adds_the_inner_classes_up_and_keeps_to_those_that_are_asked_for(data):
+    train = load_images(data["train"], caption_column=None)
+    judge = train_judge(replace(CNN, resolution=32), train, COLUMNS)
+    pixels = judge.cnn.inputs(train).numpy()
+    modality = judge.restrict(pixels, train.column("modality"))
+    assert modality.classes_.tolist() == ["CT", "fundus"]
+    assert (modality.predict(pixels) == np.array(train.column("modality"))).mean() > 0.9
+    within = judge.restrict(pixels, ["CT / nodule", "CT / normal"]).predict(pixels)
+    assert set(within) <= {"CT / nodule", "CT / normal"}  # also of what is no CT at all
+
+
+def test_an_image_without_an_inner_class_stands_for_its_outer_one(data, tmp_path):
+    folder = tmp_path / "train"
+    write_images(folder, 4, 9)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["modality"] == "fundus":
+            line["finding"] = None
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    judge = train_judge(replace(CNN, resolution=32, steps=2), load_images(str(folder), caption_column=None), COLUMNS)
+    assert judge.classes == ("CT / nodule", "CT / normal", "fundus")
+    with pytest.raises(ValueError, match="two classes"):
+        one = load_images(write_images(tmp_path / "one", 4, 9, pairs=[("CT", "nodule")]), caption_column=None)
+        train_judge(CNN, one, COLUMNS)
 
 
 def test_a_rare_class_is_seen_as_often_as_the_others():
     """Of images that cannot be told apart, a balanced network gives more to the rare class."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 3, 32, 32), dtype=np.uint8)
-    labels = torch.tensor([0] * 190 + [1] * 10)
-    part = Part(torch.from_numpy(pixels), labels)
+    part = Part(torch.from_numpy(pixels), torch.tensor([0] * 190 + [1] * 10))
     rare = {}
     for balanced in (False, True):
         cnn = CnnClassifier(model="test_resnet", resolution=32, steps=60, learning_rate=4e-3, balanced=balanced)
@@ -72,21 +124,8 @@ def test_a_rare_class_is_seen_as_often_as_the_others():
     assert rare[False] < 0.25 < 0.3 < rare[True]
 
 
-def test_label_agreement_takes_any_classifier():
-    """A network on pixels predicts names of classes, as the logistic regression does."""
-    rng = np.random.default_rng(0)
-    bright = np.repeat([0, 1], 20)
-    pixels = (rng.integers(0, 60, (40, 3, 32, 32)) + 150 * bright[:, None, None, None]).astype(np.uint8)
-    images = LabelledFeatures(pixels, ["bright" if each else "dark" for each in bright])
-    cnn = CnnClassifier(model="test_resnet", resolution=32, steps=30, batch_size=16, learning_rate=4e-3)
-    found = label_agreement(images, {"same": images}, fit=cnn_fit(cnn))
-    assert found["same"]["accuracy"] > 0.9
-
-
 def test_the_command_names_an_unknown_network(data, tmp_path):
-    from medisyn.cli import app
-
     wrong = ["evaluate", data["synthetic"], "--real", data["real"], "--train", data["train"], "--cnn", "resnet10x"]
     result = CliRunner().invoke(app, [*wrong, "--extractor", data["extractor"], "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2 or isinstance(result.exception, ValueError)
-    assert "resnet10x" in (result.output + str(result.exception))
+    assert result.exit_code == 2 and "resnet10x" in result.output and "timm.list_models()" in result.output
+    assert not (tmp_path / "out").exists()

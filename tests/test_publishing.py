@@ -27,7 +27,7 @@ from medisyn import publishing
 from medisyn.adapter_folder import make_manifest, weights_hash
 from medisyn.adapter_training import prepare_adapter, save_adapter
 from medisyn.backbone import load_pipeline, model_hash
-from medisyn.cards import metrics_of_report
+from medisyn.card_metrics import metrics_of_report
 from medisyn.cleaning import clean_file, find_private, without_paths
 from medisyn.commands.publish import register
 from medisyn.config import LoraConfig

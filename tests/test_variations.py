@@ -115,13 +115,13 @@ def test_the_report_of_a_model(data, tmp_path):
 def test_a_cnn_is_a_second_judge_with_checks_of_its_own(data, tmp_path):
     cnn = CnnClassifier(model="test_resnet", resolution=64, steps=40, batch_size=16, learning_rate=4e-3)
     report = measure(data, tiny_pipeline(("image",)), tmp_path, number=12, cnn=cnn)
-    found = report["agreement_cnn"]
+    found = report["judge"]
     assert found["classifier"]["resolution"] == report["extractor"]["resolution"] == 32
-    scores = found["columns"]["modality"]
+    scores = found["agreement"]["modality"]
     assert scores["parents"]["accuracy"] > 0.9 and scores["variations"]["images"] == 12
     expected = scores["variations"]["accuracy"] / scores["parents"]["accuracy"] >= 0.85
     assert report["checks"]["agreement on modality is at least 0.85 of the parents', by a CNN"] == expected
-    assert "by a CNN" in (tmp_path / "report.md").read_text()
+    assert "network of the domain" in (tmp_path / "report.md").read_text()
 
 
 def test_an_interrupted_run_goes_on_and_a_model_without_text_has_no_prompts(data, tmp_path):

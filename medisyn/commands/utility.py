@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 CLASSIFIERS = ("cnn", "probe")
 # The defaults of `CnnClassifier`, which imports torch.
 CNN, CNN_STEPS, CNN_RESOLUTION = "resnet10t", 200, 64
-JUDGE_STEPS, JUDGE_RESOLUTION = 600, 64  # of a CNN that has all training images to learn from
+JUDGE_STEPS, JUDGE_RESOLUTION = 2000, 64  # of a CNN that has all training images to learn from
+JUDGE_BATCH = 64
 
 RealOption = Annotated[list[str], typer.Option(metavar="DATA", help="Labelled real images; may be repeated.")]
 TestOption = Annotated[
@@ -57,7 +58,7 @@ CnnOption = Annotated[str, typer.Option(metavar="NAME", help="timm model that is
 CnnStepsOption = Annotated[int, typer.Option(min=1, help="Optimizer steps of the cnn, in every regime.")]
 CnnResolutionOption = Annotated[int, typer.Option(min=8, max=1024, help="Pixels that the cnn sees.")]
 JudgeOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Judge labels also by this timm model, trained on --train.")
+    str | None, typer.Option(metavar="NAME", help="Judge also by this timm model, trained on --train.")
 ]
 ShareOption = Annotated[float, typer.Option(help="Share of synthetic images in mixed batches.")]
 DropOverlapOption = Annotated[
@@ -241,13 +242,15 @@ def make_classifiers(
 
 
 def make_judge(cnn: str | None, steps: int, resolution: int) -> "CnnClassifier | None":
-    """The second classifier of label agreement, for whose classes all count the same; None for none."""
+    """The network that judges beside the features of an extractor; None for none."""
     if cnn is None:
         return None
     from ..doctor import best_device
     from ..evaluation.utility_classifier import CnnClassifier
 
-    return CnnClassifier(model=cnn, steps=steps, resolution=resolution, balanced=True, device=best_device())
+    return CnnClassifier(
+        model=cnn, steps=steps, resolution=resolution, batch_size=JUDGE_BATCH, balanced=True, device=best_device()
+    )
 
 
 def split_names(option: str, text: str) -> list[str]:

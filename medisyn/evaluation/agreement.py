@@ -14,7 +14,7 @@ Notable choices:
 * Grades get a quadratic-weighted kappa of the same predictions, since grade 2 for grade 3 is nearly right.
 * Only outer values that are evaluated are fitted: those of a whole corpus cost minutes beside one new specialty.
 * The classifier can be another: frozen features read faint texture, which an autoencoder may take from an image whose
-  class is still there to see. A CNN that learns from the training images themselves (`cnn_fit`) is a second judge.
+  class is still there to see. A CNN of the domain (`medisyn.evaluation.judge`) is a second opinion.
 
     labelled = LabelledFeatures(features, labels=table["modality"])
     label_agreement(training, {"real": validation, "synthetic": labelled})["synthetic"]["accuracy"]

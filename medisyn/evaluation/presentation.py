@@ -4,7 +4,7 @@ print(format_table(json.loads(Path("outputs/evaluation/report.json").read_text()
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def format_table(report: Mapping) -> str:
         "## Label agreement",
         _agreement_text(report["agreement"]),
         *_ordinal_text(report["agreement"]),
-        *cnn_text(report.get("agreement_cnn"), _agreement_text, _ordinal_text),
+        *_judge_text(report.get("judge")),
         "## Nearest training image",
         _nearest_text(report["nearest_training_image"]),
         "## Notes",
@@ -113,24 +113,24 @@ def _ordinal_text(agreement: Mapping) -> list[str]:
     ]
 
 
-def cnn_text(found: Mapping | None, table: Callable[[Mapping], str], *sections: Callable) -> list[str]:
-    """The sections of a CNN's agreement, if there was one.
-
-    Args:
-        found: `agreement_cnn` of a report.
-        table: Its columns as text.
-        sections: Its columns as further sections.
-    """
+def _judge_text(found: Mapping | None) -> list[str]:
+    """The section of a network that learnt from the training images, if there was one."""
     if found is None:
         return []
-    cnn, columns = found["classifier"], found["columns"]
-    return [
-        "## Label agreement, by a CNN",
-        f"{cnn['model']} at {cnn['resolution']} px, trained from random weights on the training images alone, "
-        f"{cnn['steps']} steps of {cnn['batch_size']} images for each column or outer value.",
-        table(columns),
-        *(text for section in sections for text in section(columns)),
+    parts = [
+        _fidelity_text(found["fidelity"]),
+        _agreement_text(found["agreement"]),
+        *_ordinal_text(found["agreement"]),
     ]
+    return ["## Fidelity and agreement by a network of the domain", describe_judge(found["classifier"]), *parts]
+
+
+def describe_judge(classifier: Mapping) -> str:
+    """How a judge was trained, as a sentence."""
+    return (
+        f"{classifier['model']} at {classifier['resolution']} px, trained from random weights on the training images' "
+        f"{classifier['classes']} innermost classes, {classifier['steps']} steps of {classifier['batch_size']} images."
+    )
 
 
 def _agreement_cells(scores: Mapping) -> list[str]:

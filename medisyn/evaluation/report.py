@@ -103,7 +103,8 @@ def evaluate(
         batch_size: Images per call of the pipeline.
         cache_dir: Folder that keeps features between evaluations; None keeps nothing.
         group_column: Patient column of the real images, used where they have it.
-        cnn: A second classifier for label agreement, which learns from `train` itself; at most at the images' size.
+        cnn: A second judge of agreement and fidelity, which learns the classes from `train`
+            (`medisyn.evaluation.judge`); its resolution is at most that of the images.
         allow_overlap: Go on although the model has seen some of the real images; the report says how many.
         progress: Show progress bars.
 
@@ -118,7 +119,7 @@ def evaluate(
         OSError: `out` cannot be written, or extractor weights cannot be downloaded.
     """
     if cnn is not None and train is None:
-        raise ValueError("a cnn learns the labels from real training images: give train")
+        raise ValueError("a cnn learns the classes from real training images: give train")
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     orders = parse_ordinal(ordinal)
@@ -182,10 +183,11 @@ def evaluate(
         "overlap": overlap,
         "fidelity": _fidelity(features, real_values, requested, groups, seed),
         "agreement": _agreement(features, sets, per, groups, seed, grades),
-        **({} if cnn is None else {"agreement_cnn": _agreement_of(cnn, sets, per, groups, seed, grades, progress)}),
         "nearest_training_image": _nearest(features, seed),
         "notes": _notes(per, requested, groups, shared, overlap),
     }
+    if cnn is not None:
+        report["judge"] = _judged(cnn, sets, real_values, requested, cache_dir, per, groups, seed, grades)
     column = per[0] if per and per[0] in requested else None
     values = {} if column is None else {"real": real_values[column], "synthetic": requested[column]}
     write_report(report, out, comparison_grid(real, synthetic, values, seed))
@@ -236,22 +238,20 @@ def _grades(
     return grades
 
 
-def _agreement_of(
-    cnn: "CnnClassifier",
-    sets: dict,
-    per: Sequence[str],
-    groups: list | None,
-    seed: int,
-    grades: Mapping[str, Mapping],
-    progress: bool,
-) -> dict:
-    """`_agreement` by a CNN, on pixels in place of features, and how it was trained."""
-    from .utility_classifier import cnn_fit
+def _judged(cnn: "CnnClassifier", sets: dict, values: dict, requested: dict, cache_dir, *arguments: Any) -> dict:
+    """Agreement and fidelity by a network that learns from the training images, and how it was trained."""
+    from .judge import train_judge
 
+    per, groups, seed, grades = arguments
     cnn = replace(cnn, resolution=min(cnn.resolution, *sets["synthetic"].image(0).size))
+    judge = train_judge(cnn, sets["train"], per, seed, cache_dir)
     pixels = {name: cnn.inputs(images).numpy() for name, images in sets.items()}
-    columns = _agreement(pixels, sets, per, groups, seed, grades, cnn_fit(cnn, seed, progress))
-    return {"classifier": cnn.describe(), "columns": columns}
+    features = {name: judge.features(pixels[name]) for name in ("real", "synthetic")}
+    return {
+        "classifier": judge.describe(),
+        "agreement": _agreement(pixels, sets, per, groups, seed, grades, judge.restrict),
+        "fidelity": _fidelity(features, values, requested, groups, seed),
+    }
 
 
 def _agreement(

@@ -17,7 +17,7 @@ Notable choices:
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from ..data.preprocessing import Preprocessor
 from .agreement import REGULARISATION
@@ -254,39 +253,6 @@ class ProbeClassifier:
 
 
 Classifier = CnnClassifier | ProbeClassifier
-
-
-@dataclass(frozen=True)
-class FittedCnn:
-    """A trained CNN that says names of classes, as `label_agreement` asks of a classifier.
-
-    Attributes:
-        cnn: How it was trained.
-        network: With one output for each of `classes_`.
-        classes_: Their names, (K,).
-    """
-
-    cnn: CnnClassifier
-    network: torch.nn.Module
-    classes_: np.ndarray
-
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """Names (N,) of the likeliest classes of pixels (N, 3, resolution, resolution), uint8."""
-        return self.classes_[self.cnn.predict(self.network, torch.from_numpy(inputs)).argmax(1)]
-
-
-def cnn_fit(cnn: CnnClassifier, seed: int = 0, progress: bool = False) -> Callable[..., FittedCnn]:
-    """What `label_agreement` calls with pixels, as `cnn.inputs` gives them, and names of classes."""
-    bar = tqdm(desc="classifiers trained", unit="", disable=not progress)
-
-    def fit(inputs: np.ndarray, labels: Sequence[str]) -> FittedCnn:
-        classes, rows = np.unique(np.asarray(labels), return_inverse=True)
-        part = Part(torch.from_numpy(inputs), torch.from_numpy(rows))
-        fitted = FittedCnn(cnn, cnn.fit([[part]], len(classes), seed), classes)
-        bar.update()
-        return fitted
-
-    return fit
 
 
 def augment(images: Tensor, rng: torch.Generator, horizontal_flip: bool = True) -> Tensor:

@@ -33,9 +33,10 @@ from .agreement import LabelledFeatures, fit_classifier, label_agreement
 from .features import FeatureExtractor, extract_features
 from .fidelity import fidelity, split_halves
 from .inputs import groups_of, nested_values, source_names, without_overlap
+from .judge import train_judge
 from .sampling import adapter_names, draw_rows, model_name
 from .scores import score_values
-from .utility_classifier import CnnClassifier, cnn_fit
+from .utility_classifier import CnnClassifier
 from .variations_report import format_variations
 
 if TYPE_CHECKING:
@@ -82,15 +83,16 @@ def evaluate_variations(
         seed: Image i is made with `seed + i`; also seeds the halves, the draws and the bootstrap.
         adapter: What `pipe` was loaded with, for the guard against leakage.
         group_column: Patient, for halves, strangers and intervals; used where there is one.
-        cnn: A second classifier for the classes, which learns from `train` itself; at most at the size of the images.
+        cnn: A second judge of the classes, which learns them from `train` (`medisyn.evaluation.judge`); its resolution
+            is at most that of the images.
         cache_dir: Keeps features of real images.
         progress: Show bars.
         arguments: Of `synthesize`, such as `num_inference_steps`.
 
     Returns:
         The report: `agreement` (column to what `label_agreement` returns and `ratio` to the parents), with `cnn` also
-        `agreement_cnn` (`classifier`, and `columns` of the same form), `similarity` (see `compare_with_parents`),
-        `fidelity` (see the function) and `checks` (name to boolean).
+        `judge` (`classifier`, and `agreement` of the same form), `similarity` (see `compare_with_parents`), `fidelity`
+        (see the function) and `checks` (name to boolean).
 
     Raises:
         ValueError: A strategy without a single parent, a model without an image condition, no such column, too few
@@ -148,12 +150,12 @@ def evaluate_variations(
         "fidelity": {name: fidelity(real_features, made[name][0], groups, classes, seed) for name in files},
     }
     if cnn is not None:
-        cnn = replace(cnn, resolution=min(cnn.resolution, size))
+        judge = train_judge(replace(cnn, resolution=min(cnn.resolution, size)), train, columns, seed, cache_dir)
+        cnn = judge.cnn
         made = {"parents": (cnn.inputs_of(real.image(row) for row in parents).numpy(), parents)}
         made |= {name: (cnn.inputs_of(map(read_image, own)).numpy(), rows_of[name]) for name, own in files.items()}
-        fit = cnn_fit(cnn, seed, progress)
-        found = _agreement(columns, train, cnn.inputs(train).numpy(), real, groups, made, seed, fit)
-        report["agreement_cnn"] = {"classifier": cnn.describe(), "columns": found}
+        found = _agreement(columns, train, cnn.inputs(train).numpy(), real, groups, made, seed, judge.restrict)
+        report["judge"] = {"classifier": judge.describe(), "agreement": found}
     report["checks"] = _checks(report)
     for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", format_variations(report))):
         with atomic_file(out / name) as partial:
@@ -270,7 +272,7 @@ def _labelled(
 def _checks(report: Mapping) -> dict[str, bool]:
     """What variations should be, as far as it could be measured."""
     checks = {}
-    judges = {"": report["agreement"], ", by a CNN": report.get("agreement_cnn", {}).get("columns", {})}
+    judges = {"": report["agreement"], ", by a CNN": report.get("judge", {}).get("agreement", {})}
     for (judge, columns), column in ((each, column) for each in judges.items() for column in each[1]):
         if "variations" in (ratio := columns[column].get("ratio", {})):
             name = f"agreement on {column} is at least {SHARE_OF_REAL} of the parents'{judge}"

@@ -5,7 +5,7 @@ print(format_variations(json.loads(Path("outputs/variations/report.json").read_t
 
 from collections.abc import Mapping
 
-from .presentation import cnn_text, markdown_table
+from .presentation import describe_judge, markdown_table
 
 
 def format_variations(report: Mapping) -> str:
@@ -17,7 +17,7 @@ def format_variations(report: Mapping) -> str:
         f"{images} images, compared at {extractor['resolution']} px. Features: `{extractor['spec']}`.",
         "## Agreement with the class of the parent",
         _agreement(report["agreement"]),
-        *cnn_text(report.get("agreement_cnn"), _agreement),
+        *_judged(report.get("judge")),
         "## Cosine similarity to the parent",
         _similarity(report["similarity"]),
         "## Fréchet distance to real images of other patients",
@@ -41,6 +41,17 @@ def _agreement(agreement: Mapping) -> str:
                 rows.append([column, name, f"omitted: {reason}"])
     header = ["column", "images", "N", "accuracy [95 %]", "balanced accuracy [95 %]", "of the parents'"]
     return markdown_table(header, rows)
+
+
+def _judged(found: Mapping | None) -> list[str]:
+    """The section of a network that learnt from the training images, if there was one."""
+    if found is None:
+        return []
+    return [
+        "## Agreement by a network of the domain",
+        describe_judge(found["classifier"]),
+        _agreement(found["agreement"]),
+    ]
 
 
 def _similarity(similarity: Mapping) -> str:

@@ -1,0 +1,138 @@
+"""A judge that has learnt the classes from the real training images: a small CNN on pixels, trained once.
+
+Features that were learnt on photographs read faint texture. An autoencoder may take that from an image whose class is
+still there to see, and a distance in such features is then large for a reason that the domain does not care about. A
+network of the domain itself is the second opinion: on classes, and on distances between distributions.
+
+- It is trained on the innermost classes ("CT / nodule"), all equally often. A class of an outer column is the sum of
+  its inner ones, and within an outer value only its own classes compete, as in `medisyn.evaluation.agreement`.
+- An image without an inner value stands for its outer one; an image without any is left out.
+- Real and synthetic images are brought to the judge's resolution, which is at most that of the synthetic ones.
+- A finished network is kept in the cache folder, under a name made of its settings, its images and their classes.
+
+    judge = train_judge(CnnClassifier(steps=2000, batch_size=64, balanced=True), train, ("modality", "finding"))
+    label_agreement(training, evaluated, fit=judge.restrict)      # of pixels, as `judge.inputs` gives them
+    judge.features(judge.inputs(images))                          # (N, D), for distances
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..data.loading import ImageDataset
+from ..generation.provenance import atomic_file
+from .inputs import nested_values
+from .utility_classifier import CnnClassifier, Part
+
+BATCH = 64  # images whose features are taken at once
+
+
+@dataclass(frozen=True)
+class Restricted:
+    """The judge where only some classes are possible, in the form that `label_agreement` asks of a classifier.
+
+    Attributes:
+        judge: With probabilities of innermost classes.
+        classes_: Possible classes (K,), each an innermost class or the outer part of several.
+    """
+
+    judge: "Judge"
+    classes_: np.ndarray
+
+    def predict(self, inputs: np.ndarray) -> np.ndarray:
+        """The likeliest of `classes_` for each image (N,)."""
+        inner = self.judge.classes
+        parts = [[leaf == name or leaf.startswith(f"{name} / ") for leaf in inner] for name in self.classes_]
+        found = self.judge.cnn.predict(self.judge.network, torch.from_numpy(inputs))
+        return self.classes_[(found @ np.array(parts, dtype=found.dtype).T).argmax(1)]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained network.
+
+    Attributes:
+        cnn: How it was trained.
+        network: A timm model with one output for each of `classes`.
+        classes: Innermost classes, such as "CT / nodule".
+    """
+
+    cnn: CnnClassifier
+    network: torch.nn.Module
+    classes: tuple[str, ...]
+
+    def describe(self) -> dict:
+        """How it was trained, and the number of its classes, for reports."""
+        return self.cnn.describe() | {"classes": len(self.classes)}
+
+    def restrict(self, inputs: np.ndarray, labels: Sequence[str]) -> Restricted:
+        """For `label_agreement`: nothing is fitted, the classes of `labels` are those that can be said."""
+        return Restricted(self, np.unique(np.asarray(labels)))
+
+    @torch.no_grad()
+    def features(self, inputs: np.ndarray) -> np.ndarray:
+        """What the last layer sees (N, D), of pixels (N, 3, resolution, resolution), uint8."""
+        network, parts = self.network, torch.from_numpy(inputs).split(BATCH)
+        pooled = [network.forward_head(network.forward_features(self.cnn.pixels(p)), pre_logits=True) for p in parts]
+        return torch.cat(pooled).float().cpu().numpy()
+
+
+def train_judge(
+    cnn: CnnClassifier,
+    train: ImageDataset,
+    columns: Sequence[str],
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> Judge:
+    """Train a network on the classes of real training images, or read it from `cache_dir`.
+
+    Args:
+        cnn: Network and training.
+        train: Images with the first of `columns`.
+        columns: Classes, each column nested in those before it.
+        seed: Of weights, order and augmentation.
+        cache_dir: Keeps networks; None keeps nothing.
+
+    Raises:
+        ValueError: Fewer than two classes.
+    """
+    labels: list[str | None] = [None] * len(train)
+    for values in nested_values(train, columns).values():
+        labels = [outer if inner is None else inner for outer, inner in zip(labels, values, strict=True)]
+    rows = [row for row, label in enumerate(labels) if label is not None]
+    classes, targets = np.unique(np.array([labels[row] for row in rows], dtype=str), return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"a judge needs two classes to tell apart, but the training images have {len(classes)}")
+    images = train.hashes()
+    settings = {"seed": seed, "images": [[images[row], labels[row]] for row in rows], **cnn.describe()}
+    file = None
+    if cache_dir is not None:
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        file = Path(cache_dir) / f"judge-{key}.safetensors"
+    network = None if file is None else _kept(cnn, len(classes), file)
+    if network is None:
+        part = Part(cnn.inputs_of(train.image(row) for row in rows), torch.from_numpy(targets))
+        network = cnn.fit([[part]], len(classes), seed)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as partial:
+                save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
+    return Judge(cnn, network, tuple(classes.tolist()))
+
+
+def _kept(cnn: CnnClassifier, number_of_classes: int, file: Path) -> torch.nn.Module | None:
+    """The network of a file; None where there is no such file, or half of one."""
+    try:
+        state = load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        return None
+    network = cnn.build(number_of_classes)
+    network.load_state_dict(state)
+    return network.eval()
