@@ -198,7 +198,8 @@ class GuidedTaskConfig:
     # of the classifier's gradient in the target. At 3 the target is nearly the teacher and the student does not learn
     # its classes (agreement 0.67, chance 0.33); at 12 it does (0.94, model_cards/LOG.md)
     guidance_scale: NonNegative = 12.0
-    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)  # where it acts, in fractions of the timesteps
+    # where it acts, and data_guidance, in fractions of the timesteps
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
     distillation_weight: NonNegative = 1.0  # of items with a class; without one the teacher's weight is always 1
     data_weight: NonNegative = 1.0  # of the labelled images' own denoising loss

@@ -389,15 +389,17 @@ BUILT_IN = {"data_guidance": 4.0, "distillation_weight": 0.0, "method": "full"}
 def test_guidance_can_be_built_into_the_labelled_images_loss(folder):
     """The target lies as many times as far from the teacher: at the start the same error, and a gradient 1 / scale."""
     found = {}
-    for scale in (1.0, 4.0):
+    for scale, interval in ((1.0, (0.0, 1.0)), (4.0, (0.0, 1.0)), (4.0, (0.0, 0.0))):
         options = BUILT_IN | {"data_guidance": scale, "class_dropout": 0.0, "label_fraction": 1.0}
-        task = GuidedTask(guided_config(folder, task=options))
+        task = GuidedTask(guided_config(folder, task=options | {"guidance_interval": interval}))
         losses = task(batch_of(task, (0, 1, 2)), 0)
         losses["loss"].backward()
         assert losses["loss"] == losses["data_error"] and losses["distillation_error"] == 0
-        found[scale] = (losses["data_error"].item(), task.unet.class_embedding.weight.grad)
-    assert found[4.0][0] == pytest.approx(found[1.0][0], rel=1e-4) and found[1.0][1].abs().max() > 0
-    assert torch.allclose(4 * found[4.0][1], found[1.0][1], rtol=1e-3, atol=1e-7)
+        found[scale, interval[1]] = (losses["data_error"].item(), task.unet.class_embedding.weight.grad)
+    (plain, first), (guided, second), (_, outside) = found.values()
+    assert guided == pytest.approx(plain, rel=1e-4) and first.abs().max() > 0
+    assert torch.allclose(4 * second, first, rtol=1e-3, atol=1e-7)
+    assert torch.equal(outside, first)  # no guidance outside of its interval
     with pytest.raises(ValueError, match="takes the place of the classifier's: set task.distillation_weight to 0"):
         guided_config(folder, task={"data_guidance": 2.0})
 

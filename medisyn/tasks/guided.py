@@ -9,7 +9,7 @@
 - Images whose class the classifier's run has guessed (`pseudo_labels`) can count as labelled (DPT, You et al. 2023,
   arXiv 2302.10586). Classifier-free guidance away from the teacher can be built into their loss (`data_guidance`):
   teacher + s (target - teacher) has the guided prediction for its mean, so one pass draws it (Chen et al. 2025, arXiv
-  2501.15420).
+  2501.15420), where `guidance_interval` has it act.
 - Images without labels serve as well: their class is drawn, by the classifier's posterior p(y | z_t) where a student
   that samples a class would meet that z_t, or uniformly.
 - Everything drawn for an item comes from its seed alone.
@@ -216,8 +216,9 @@ class GuidedTask(TrainingTask):
         prediction = self._predict(noised, timesteps, classes, keep)
         plain = self._teach(noised, timesteps)
         target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
-        target = plain + options.data_guidance * (target - plain)
-        error = (prediction - target).square().flatten(1).mean(dim=1) / options.data_guidance**2
+        scale = self._data_guidance(timesteps)
+        target = plain + scale.view(-1, 1, 1, 1) * (target - plain)
+        error = (prediction - target).square().flatten(1).mean(dim=1) / scale**2
         own = (labelled & keep).float()  # the null is the teacher's affair: few images would only narrow it
         taught = torch.where(keep, options.distillation_weight, 1.0)
         if options.distillation_weight:
@@ -246,18 +247,18 @@ class GuidedTask(TrainingTask):
     ) -> Tensor:
         """The teacher's prediction (`plain`), guided to `classes` where `keep` (B,) is true; float32 (B, C, h, w)."""
         plain = self._teach(noised, timesteps) if plain is None else plain
-        level = timesteps / self.noising.config.num_train_timesteps
-        low, high = self.options.guidance_interval
-        guided = keep & (level >= low) & (level <= high)
-        return self._frozen[1].guided_prediction(
-            lambda _: plain,
-            noised,
-            timesteps,
-            self.noising,
-            torch.where(guided, classes, -1),
-            scale=self.options.guidance_scale,
-            clip=self.options.guidance_clip,
-        )
+        given = (noised, timesteps, self.noising, torch.where(keep & self._is_guided(timesteps), classes, -1))
+        strength = {"scale": self.options.guidance_scale, "clip": self.options.guidance_clip}
+        return self._frozen[1].guided_prediction(lambda _: plain, *given, **strength)
+
+    def _is_guided(self, timesteps: Tensor) -> Tensor:
+        """Whether guidance of either kind acts at these timesteps; bool (B,)."""
+        low, high = (bound * self.noising.config.num_train_timesteps for bound in self.options.guidance_interval)
+        return (timesteps >= low) & (timesteps <= high)
+
+    def _data_guidance(self, timesteps: Tensor) -> Tensor:
+        """The guidance that the labelled images' own loss builds in at these timesteps; (B,)."""
+        return torch.where(self._is_guided(timesteps), self.options.data_guidance, 1.0)
 
     # -- watching and writing ------------------------------------------------------------------------------------
 
@@ -285,7 +286,7 @@ class GuidedTask(TrainingTask):
                 target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
                 keep = torch.ones(len(rows), dtype=torch.bool, device=device)
                 prediction, plain = self._predict(noised, timesteps, classes), self._teach(noised, timesteps)
-                unguided = plain + (prediction - plain) / self.options.data_guidance
+                unguided = plain + (prediction - plain) / self._data_guidance(timesteps).view(-1, 1, 1, 1)
                 pairs = {
                     "error": (unguided, target),
                     "null_error": (self._predict(noised, timesteps, classes, ~keep), target),
@@ -304,8 +305,7 @@ class GuidedTask(TrainingTask):
         rows = [row for row, name in enumerate(names) if name in self.classes]
         if not rows:
             raise ValueError(f"no validation image has one of the classes {', '.join(self.classes)}")
-        chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-        rows = [rows[place] for place in chosen]
+        rows = [rows[place] for place in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
         part = images.select(rows)
         classes = torch.tensor([self.classes.index(names[row]) for row in rows])
         return self._cached(part, images.config, f"validation_{len(part)}"), classes
