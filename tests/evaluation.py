@@ -37,6 +37,16 @@ def write_images(folder, number, seed, pairs=tuple(COLOURS), columns=("modality"
     return str(folder)
 
 
+def nodules_for_everything(folder, number):
+    """Images of a generator that makes nodules whatever it is asked for."""
+    write_images(folder, number, 5, pairs=[("CT", "nodule")])
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for index, line in enumerate(lines):
+        line["finding"] = ("normal", "nodule")[index % 2]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
 def evaluation_data(folder):
     """Small sets of images with one table each, and a tiny extractor."""
     with torch.random.fork_rng():

@@ -12,7 +12,7 @@ from medisyn.evaluation import format_table
 from medisyn.evaluation.inputs import nested_values
 from medisyn.evaluation.sampling import draw_rows, generate_like
 from medisyn.generation.provenance import read_provenance, write_png
-from tests.evaluation import evaluation_data, run, write_images
+from tests.evaluation import evaluation_data, nodules_for_everything, run, write_images
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,8 @@ def test_a_folder_of_images_gets_all_measures_as_a_file_a_table_and_a_grid(data,
 
 
 def test_wrong_images_are_found_out(data, tmp_path):
-    # A generator that makes nodules whatever it is asked for.
-    folder = tmp_path / "images"
-    write_images(folder, 60, 5, pairs=[("CT", "nodule")])
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for index, line in enumerate(lines):
-        line["finding"] = ("normal", "nodule")[index % 2]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = run(data, str(folder), tmp_path / "out", train=data["train"])
+    folder = nodules_for_everything(tmp_path / "images", 60)
+    report = run(data, folder, tmp_path / "out", train=data["train"])
     assert report["agreement"]["finding"]["synthetic"]["balanced_accuracy"] == pytest.approx(0.5)
     assert report["fidelity"]["overall"]["frechet_distance"]["ratio"] > 5
     assert report["fidelity"]["overall"]["recall"]["synthetic"] < 0.7

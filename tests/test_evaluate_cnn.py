@@ -13,7 +13,7 @@ from medisyn.cli import app
 from medisyn.data.loading import load_images
 from medisyn.evaluation.judge import train_judge
 from medisyn.evaluation.utility_classifier import CnnClassifier, Part
-from tests.evaluation import KNEES, evaluation_data, run, write_images
+from tests.evaluation import KNEES, evaluation_data, nodules_for_everything, run, write_images
 
 COLUMNS = ("modality", "finding")
 CNN = CnnClassifier(model="test_resnet", resolution=64, steps=40, batch_size=16, learning_rate=4e-3, balanced=True)
@@ -25,14 +25,8 @@ def data(tmp_path_factory):
 
 
 def test_a_network_of_the_domain_judges_beside_the_features(data, tmp_path):
-    # A generator that makes nodules whatever it is asked for.
-    folder = tmp_path / "images"
-    write_images(folder, 40, 5, pairs=[("CT", "nodule")])
-    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for index, line in enumerate(lines):
-        line["finding"] = ("normal", "nodule")[index % 2]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = run(data, str(folder), tmp_path / "out", train=data["train"], cnn=CNN)
+    folder = nodules_for_everything(tmp_path / "images", 40)
+    report = run(data, folder, tmp_path / "out", train=data["train"], cnn=CNN)
     found = report["judge"]
     assert found["agreement"]["finding"]["real"]["accuracy"] > 0.9
     assert found["agreement"]["finding"]["synthetic"]["balanced_accuracy"] == pytest.approx(0.5, abs=0.05)

@@ -20,6 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ class Judge:
     @torch.no_grad()
     def features(self, inputs: np.ndarray) -> np.ndarray:
         """What the last layer sees (N, D), of pixels (N, 3, resolution, resolution), uint8."""
-        network, parts = self.network, torch.from_numpy(inputs).split(BATCH)
+        network: Any = self.network  # of timm
+        parts = torch.from_numpy(inputs).split(BATCH)
         pooled = [network.forward_head(network.forward_features(self.cnn.pixels(p)), pre_logits=True) for p in parts]
         return torch.cat(pooled).float().cpu().numpy()
 
