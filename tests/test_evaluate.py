@@ -12,7 +12,7 @@ from medisyn.evaluation import format_table
 from medisyn.evaluation.inputs import nested_values
 from medisyn.evaluation.sampling import draw_rows, generate_like
 from medisyn.generation.provenance import read_provenance, write_png
-from tests.evaluation import evaluation_data, nodules_for_everything, run, write_images
+from tests.evaluation import evaluation_data, nodules_for_everything, run
 
 
 @pytest.fixture(scope="module")
