@@ -70,6 +70,7 @@ def make_manifest(
     captions: Iterable[str | None] = (),
     training_data: Iterable[Mapping[str, Any]] = (),
     metrics: Iterable[Mapping[str, Any]] = (),
+    built_in_guidance: float | None = None,
 ) -> dict[str, Any]:
     """The content of `adapter.json`.
 
@@ -87,6 +88,7 @@ def make_manifest(
         captions: Of the training images; the most frequent different ones are kept as trigger captions.
         training_data: `{"name", "license", "images"}` for each source.
         metrics: `{"name", "subset", "value", "real", "images", "extractor"}` for each measured number.
+        built_in_guidance: Classifier-free guidance that the adapter has learnt, so that it is sampled with 1.
     """
     counted = Counter(caption for caption in captions if caption)
     targets = target_modules if isinstance(target_modules, str | None) else sorted(target_modules)
@@ -105,6 +107,7 @@ def make_manifest(
         "captions": [caption for caption, _ in counted.most_common(MOST_CAPTIONS)],
         "training_data": [dict(each) for each in training_data],
         "metrics": [dict(each) for each in metrics],
+        **({} if built_in_guidance is None else {"built_in_guidance": built_in_guidance}),
     }
 
 

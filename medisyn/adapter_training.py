@@ -32,6 +32,13 @@ logger = logging.getLogger(__name__)
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+def lora_facts(lora: LoraConfig | None) -> dict[str, Any]:
+    """What `make_manifest` is told of a LoRA; empty for None."""
+    if lora is None:
+        return {}
+    return {"rank": lora.rank, "alpha": lora.alpha or lora.rank, "target_modules": lora.target_modules}
+
+
 def teach_words(
     pipe: MediSynPipeline, condition: TextConditionConfig, captions: Sequence[str | None], name: str = TRAINED
 ) -> None:

@@ -23,10 +23,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from medisyn.config_parts import (
     STRICT,
     AutoencoderTaskConfig,
-    ConditionConfig,
     Count,
+    DiffusionTaskConfig,
     DinoTaskConfig,
     Fraction,
+    GuidanceDistillationTaskConfig,
     GuidedTaskConfig,
     ImageConditionConfig,
     LabelsConditionConfig,
@@ -74,51 +75,13 @@ class DataConfig:
     num_workers: Count = 0  # processes that load batches; of use where images are decoded in training
 
 
-@dataclass(frozen=True)
-class DiffusionTaskConfig:
-    """Train the UNet (and a small text encoder along with it) on cached latents."""
-
-    __pydantic_config__ = STRICT
-    type: Literal["diffusion"] = "diffusion"
-    # all weights, a LoRA, or scale and shift of the normalisation layers alone; None: lora where `lora:` is given
-    method: Literal["full", "lora", "norm"] | None = None
-    lora: LoraConfig | None = None  # options of method: lora
-    prior: PriorConfig | None = None  # mix in images of the base's own kind
-    preset: str | None = "mini"  # UNet of this preset, from scratch
-    base: str | None = None  # or continue from this pipeline (folder or Hub name)
-    vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
-    # exactly these: others of `base` are taken out of it, or stay at their null beside an adapter;
-    # empty: none, or those of `base` with frozen encoders
-    conditions: tuple[ConditionConfig, ...] = ()
-    joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
-    # schedule of a new model; a model that starts from `base` keeps that of the base
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
-    beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"
-    zero_terminal_snr: bool = False  # rescale the betas (Lin et al. 2024); needs v_prediction or sample
-    # Hang et al. 2023; 0: no weighting, since content is decided at noise levels which min-SNR hardly weighs
-    min_snr_gamma: NonNegative = 0.0
-    noise_offset: NonNegative = 0.0
-    cache_dir: str | None = None  # latents; None: inside the run folder
-    cache_batch_size: Positive = 32
-    compile: bool = False  # torch.compile the UNet
-    gradient_checkpointing: bool = False
-
-    @property
-    def adapts(self) -> bool:
-        """Whether an adapter is trained beside a frozen base."""
-        return self.method in ("lora", "norm")
-
-    def __post_init__(self) -> None:
-        if self.method is None:
-            object.__setattr__(self, "method", "full" if self.lora is None else "lora")
-        if self.method == "lora" and self.lora is None:
-            object.__setattr__(self, "lora", LoraConfig())
-        if self.lora is not None and self.method != "lora":
-            raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
-
-
 TaskConfig = Annotated[
-    AutoencoderTaskConfig | DiffusionTaskConfig | LatentClassifierTaskConfig | GuidedTaskConfig | DinoTaskConfig,
+    AutoencoderTaskConfig
+    | DiffusionTaskConfig
+    | GuidanceDistillationTaskConfig
+    | LatentClassifierTaskConfig
+    | GuidedTaskConfig
+    | DinoTaskConfig,
     Field(discriminator="type"),
 ]
 
@@ -195,7 +158,7 @@ class TrainConfig:
         from_preset = isinstance(task, AutoencoderTaskConfig | DiffusionTaskConfig)
         if from_preset and (task.preset is None) == (task.base is None):
             raise ValueError("task: name either `preset` (from scratch; base: null) or `base` (preset: null)")
-        if self.data.crop == "random" and task.type in ("diffusion", "latent_classifier", "guided"):
+        if self.data.crop == "random" and not isinstance(task, AutoencoderTaskConfig | DinoTaskConfig):
             raise ValueError("data.crop=random does not go with cached latents; valid here: center, pad")
         if isinstance(task, DinoTaskConfig):
             self._check_dino(task)
@@ -328,6 +291,7 @@ _SECTIONS: dict[str, type] = {
     "train": LoopConfig,
     "autoencoder": AutoencoderTaskConfig,
     "diffusion": DiffusionTaskConfig,
+    "guidance_distillation": GuidanceDistillationTaskConfig,
     "latent_classifier": LatentClassifierTaskConfig,
     "guided": GuidedTaskConfig,
     "dino": DinoTaskConfig,

@@ -139,6 +139,67 @@ class AutoencoderTaskConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionTaskConfig:
+    """Train the UNet (and a small text encoder along with it) on cached latents."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["diffusion"] = "diffusion"
+    # all weights, a LoRA, or scale and shift of the normalisation layers alone; None: lora where `lora:` is given
+    method: Literal["full", "lora", "norm"] | None = None
+    lora: LoraConfig | None = None  # options of method: lora
+    prior: PriorConfig | None = None  # mix in images of the base's own kind
+    preset: str | None = "mini"  # UNet of this preset, from scratch
+    base: str | None = None  # or continue from this pipeline (folder or Hub name)
+    vae: str | None = None  # autoencoder of a new model: folder, Hub name or run folder
+    # exactly these: others of `base` are taken out of it, or stay at their null beside an adapter;
+    # empty: none, or those of `base` with frozen encoders
+    conditions: tuple[ConditionConfig, ...] = ()
+    joint_dropout: Fraction = 0.0  # probability of dropping all conditions together, beside each one's own
+    # schedule of a new model; a model that starts from `base` keeps that of the base
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "v_prediction"
+    beta_schedule: Literal["squaredcos_cap_v2", "scaled_linear", "linear"] = "squaredcos_cap_v2"
+    zero_terminal_snr: bool = False  # rescale the betas (Lin et al. 2024); needs v_prediction or sample
+    # Hang et al. 2023; 0: no weighting, since content is decided at noise levels which min-SNR hardly weighs
+    min_snr_gamma: NonNegative = 0.0
+    noise_offset: NonNegative = 0.0
+    cache_dir: str | None = None  # latents; None: inside the run folder
+    cache_batch_size: Positive = 32
+    compile: bool = False  # torch.compile the UNet
+    gradient_checkpointing: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained beside a frozen base."""
+        return self.method in ("lora", "norm")
+
+    def __post_init__(self) -> None:
+        if self.method is None:
+            object.__setattr__(self, "method", "full" if self.lora is None else "lora")
+        if self.method == "lora" and self.lora is None:
+            object.__setattr__(self, "lora", LoraConfig())
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
+
+
+@dataclass(frozen=True)
+class GuidanceDistillationTaskConfig(DiffusionTaskConfig):
+    """Build classifier-free guidance into a LoRA, so that one pass a step draws what two or more did."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["guidance_distillation"] = "guidance_distillation"  # type: ignore[assignment]
+    guidance_scale: PositiveFloat = 4.0  # of the base, the teacher
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 0.95)  # where it acts, in fractions of the timesteps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != "lora" or self.lora is None or self.lora.text_encoder:
+            raise ValueError("guidance is built into a LoRA of the UNet: set task.lora, without text_encoder")
+        for condition in self.conditions:
+            if getattr(condition, "new_words", ()) or getattr(condition, "schema", None) is not None:
+                raise ValueError(f"the teacher knows the base's own conditions alone: {condition.type} has new ones")
+
+
+@dataclass(frozen=True)
 class PseudoLabelsConfig:
     """Let a CNN on pixels, trained on the few labels and all images, label the others (FixMatch, Sohn et al. 2020)."""
 

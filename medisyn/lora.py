@@ -11,6 +11,7 @@
     set_adapters(pipe, ["knee-osteoarthritis"], [0.7])
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from .generation.provenance import ADAPTERS, low_rank_hash
 from .loading import find_adapter, load_pipeline, load_plain_lora, low_rank_names
 from .pipelines.medisyn_pipeline import MediSynPipeline
 from .prompt_vocabulary import record_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -135,6 +138,10 @@ def load_adapter(
     except BaseException:
         _remove_parts(pipe, name)
         raise
+    if manifest is not None and (built_in := manifest.get("built_in_guidance")):
+        logger.warning(
+            "adapter %s has guidance %g built in: sample with guidance_scale=1 (--guidance 1)", name, built_in
+        )
     state.adapters[name] = adapter
     setattr(pipe, ADAPTERS, state)
     _set_again(pipe)

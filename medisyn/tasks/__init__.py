@@ -3,7 +3,7 @@
 from medisyn.config import TrainConfig
 from medisyn.tasks.base import TrainingTask
 
-TASK_NAMES = ("autoencoder", "diffusion", "latent_classifier", "guided", "dino")
+TASK_NAMES = ("autoencoder", "diffusion", "guidance_distillation", "latent_classifier", "guided", "dino")
 
 
 def create_task(config: TrainConfig) -> TrainingTask:
@@ -20,6 +20,10 @@ def create_task(config: TrainConfig) -> TrainingTask:
         from medisyn.tasks.diffusion import DiffusionTask
 
         return DiffusionTask(config)
+    if config.task.type == "guidance_distillation":
+        from medisyn.tasks.guidance_distillation import GuidanceDistillationTask
+
+        return GuidanceDistillationTask(config)
     if config.task.type == "latent_classifier":
         from medisyn.tasks.latent_classifier import LatentClassifierTask
 

@@ -6,7 +6,6 @@
 - What is frozen is computed once: latent moments (never samples) and the embeddings of frozen encoders.
 - Timestep, noise, posterior sample and condition dropout of an item come from its seed alone.
 
-    medisyn train scripts/embedded_default/diffusion.yaml
     medisyn train scripts/knee_osteoarthritis/lora.yaml
 """
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
-from medisyn.adapter_training import TRAINED, norm_parameters, prepare_adapter, save_adapter, teach_words
+from medisyn.adapter_training import TRAINED, lora_facts, norm_parameters, prepare_adapter, save_adapter, teach_words
 from medisyn.backbone import adapt_unet, base_hash, create_pipeline, load_autoencoder, load_pipeline
 from medisyn.conditions import (
     Condition,
@@ -83,6 +82,7 @@ class DiffusionTask(TrainingTask):
         self._prior_images: ImageDataset | None = None
         self._nulls: dict[str, Tensor] = {}  # of conditions with frozen encoders
         self._base_hash: str | None = None  # of the base of an adapter
+        self.built_in_guidance: float | None = None  # of what is trained; it is then sampled with guidance 1
         self._norms: dict[str, Tensor] = {}  # the base's values of what a norm adapter changes
         self.pipe = self._build_pipeline(images)
         source = self.pipe.config.get("_name_or_path") if self.options.base is not None else None
@@ -276,9 +276,12 @@ class DiffusionTask(TrainingTask):
         """Mean squared error of the UNet's prediction per item, (B,)."""
         (denoiser,) = self._denoiser
         prediction = denoiser(self.noising.add_noise(latents, noise, timesteps), timesteps, **conditions).sample
-        prediction_type = self.noising.config.prediction_type
-        target = diffusion_target(self.noising, prediction_type, latents, noise, timesteps)
+        target = self._target(latents, noise, timesteps, conditions)
         return (prediction.float() - target).square().flatten(1).mean(dim=1)
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """What the UNet is to predict, float32 (B, C, h, w)."""
+        return diffusion_target(self.noising, self.noising.config.prediction_type, latents, noise, timesteps)
 
     @torch.no_grad()
     def validate(self, count: int) -> dict[str, float]:
@@ -296,9 +299,8 @@ class DiffusionTask(TrainingTask):
                 batch = {name: value.to(device) for name, value in batch.items()} | {"seed": rows}
                 latents = draw_latents(self.pipe, batch)
                 noise = seeded_normal(rows, latents.shape[1:], _NOISE).to(device)
-                timesteps = torch.full(
-                    (len(rows),), int(level * self.noising.config.num_train_timesteps), device=device
-                )
+                step = int(level * self.noising.config.num_train_timesteps)
+                timesteps = torch.full((len(rows),), step, device=device)
                 conditions = self._unet_conditions(self._embeds(data, rows.tolist()), batch_size=len(rows))
                 errors.append(self._error(latents, noise, timesteps, conditions))
             metrics[f"error_at_{level}"] = torch.cat(errors).mean().item()
@@ -313,6 +315,7 @@ class DiffusionTask(TrainingTask):
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(rows))]
         if not arguments:
             arguments["num_images_per_prompt"] = len(rows)
+        arguments |= {"guidance_scale": 1.0} if self.built_in_guidance else {}
         images = self.pipe(
             **arguments, generator=generators, num_inference_steps=PREVIEW_STEPS, output_type="pt"
         ).images
@@ -324,27 +327,24 @@ class DiffusionTask(TrainingTask):
         if self._prior_images is not None and self.options.prior.source is not None:
             own = merge_training_records(own, image_record(self._prior_images))
         lora = self.options.lora
-        if lora is not None and lora.decoder is not None:
-            decoder = find_training_record(lora.decoder)
-            own = merge_training_records(own, *([decoder] if decoder else []))
+        if lora is not None and lora.decoder is not None and (decoder := find_training_record(lora.decoder)):
+            own = merge_training_records(own, decoder)
         if not self.options.adapts:
             self._record_known_words()
             self.pipe.save_pretrained(folder / "pipeline")
             write_training_record(folder / "pipeline", merge_training_records(own, *self._earlier_records))
             return
-        added = extension.added(self.pipe, TRAINED)
         manifest = make_manifest(
             Path(self.config.output_dir).resolve().name,
             self.options.method,
             base_name(self.options.base),
             self._base_hash,
             [condition.kind for condition in self.conditions],
-            rank=None if lora is None else lora.rank,
-            alpha=None if lora is None else lora.alpha or lora.rank,
-            target_modules=None if lora is None else lora.target_modules,
             captions=self.images.captions,
             training_data=own["datasets"],
-            **added,
+            built_in_guidance=self.built_in_guidance,
+            **lora_facts(lora),
+            **extension.added(self.pipe, TRAINED),
         )
         save_adapter(self.pipe, folder / "adapter", manifest, self._norms)
         write_training_record(folder / "adapter", own)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
-from medisyn.adapter_training import TRAINED, prepare_adapter, save_adapter
+from medisyn.adapter_training import TRAINED, lora_facts, prepare_adapter, save_adapter
 from medisyn.backbone import add_condition, base_hash
 from medisyn.conditions import LabelsCondition
 from medisyn.conditions.labels import LabelSchema
@@ -334,10 +334,8 @@ class GuidedTask(TrainingTask):
                 base_name(self.options.base),
                 self._base_hash,
                 self.pipe.kinds,
-                rank=lora.rank,
-                alpha=lora.alpha or lora.rank,
-                target_modules=lora.target_modules,
                 training_data=own["datasets"],
+                **lora_facts(lora),
                 **extension.added(self.pipe, TRAINED),
             )
             save_adapter(self.pipe, folder / "adapter", manifest)
