@@ -146,9 +146,13 @@ def _adapter_facts(
         call = json.dumps(example, ensure_ascii=False)
     else:
         call = f'labels="{_example_label(manifest["label_schema"])}"' if manifest["label_schema"] else ""
+    built_in = manifest.get("built_in_guidance")
+    call += ", guidance_scale=1.0" if built_in else ""
     lines = [f"Base: {title}, hash `{base_hash}`; another base is refused"]
     if manifest["rank"] is not None:
         lines.append(f"Rank {manifest['rank']}, alpha {manifest['alpha']:g}")
+    if built_in:
+        lines.append(f"Guidance {built_in:g} is built in: sample with `guidance_scale=1`")
     if manifest["tokens"]:
         lines.append(f"New words: {', '.join(manifest['tokens'])}")
     lines += _schema_lines(manifest["label_schema"])
@@ -274,10 +278,11 @@ def _adapter_samples(subject: "Subject", manifest: Mapping[str, Any], folder: Pa
         requests = [Request(prompt=caption) for caption in manifest["captions"][:SAMPLE_IMAGES]]
     else:
         requests = _model_requests(pipe)[:SAMPLE_IMAGES]
-    return _samples(pipe, folder, requests, manifest["name"])
+    guidance = {"guidance_scale": 1.0} if manifest.get("built_in_guidance") else {}
+    return _samples(pipe, folder, requests, manifest["name"], **guidance)
 
 
-def _samples(pipe: "MediSynPipeline", folder: Path, requests: list, name: str) -> str:
+def _samples(pipe: "MediSynPipeline", folder: Path, requests: list, name: str, **arguments: Any) -> str:
     """Draw `samples.png`; returns how, in a sentence."""
     from .generation.synthesize import make_requests, synthesize
 
@@ -285,7 +290,7 @@ def _samples(pipe: "MediSynPipeline", folder: Path, requests: list, name: str) -
         return ""
     with tempfile.TemporaryDirectory(prefix="medisyn-samples-") as place:
         batch_size = 8 if pipe.kinds else 1  # an unconditional pipeline takes its batch size from nothing
-        synthesize(pipe, make_requests(requests, seed=0), place, model=name, batch_size=batch_size)
+        synthesize(pipe, make_requests(requests, seed=0), place, model=name, batch_size=batch_size, **arguments)
         (folder / SAMPLES).write_bytes((Path(place) / "grid.png").read_bytes())
     return f"Drawn when this was published, with the seeds 0 to {len(requests) - 1}; nothing was picked."
 

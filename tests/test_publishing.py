@@ -360,6 +360,14 @@ class TestAdapter:
         assert not [name for name, content in contents(out).items() if b"somebody" in content]
         assert load_file(out / file.name).keys() == load_file(file).keys()
 
+    def test_guidance_that_is_built_in_is_said_and_not_given_twice(self, adapter, tmp_path):
+        manifest = json.loads((adapter / "adapter.json").read_text())
+        (adapter / "adapter.json").write_text(json.dumps(manifest | {"built_in_guidance": 4.0}))
+        card = (publish(tmp_path / "run", "owner/ribs", dry_run=tmp_path / "out") / "README.md").read_text()
+        assert "Guidance 4 is built in" in card and 'pipe("chest", guidance_scale=1.0)' in card
+        plain = publish(make_adapter(tmp_path / "plain"), "owner/ribs", dry_run=tmp_path / "other") / "README.md"
+        assert "guidance_scale" not in plain.read_text()
+
     def test_samples_are_drawn_where_there_are_none(self, adapter, tmp_path):
         (adapter / "samples.png").unlink()
         manifest = json.loads((adapter / "adapter.json").read_text())
