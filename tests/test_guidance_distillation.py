@@ -3,12 +3,14 @@
 python -m pytest tests/test_guidance_distillation.py
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from medisyn.adapter_folder import read_manifest
-from medisyn.config import GuidanceDistillationTaskConfig
+from medisyn.config import GuidanceDistillationTaskConfig, load_config
 from medisyn.loading import load_pipeline
 from medisyn.tasks import create_task
 from medisyn.tasks.base import seeded_normal
@@ -18,6 +20,7 @@ from medisyn.trainer import Trainer
 from tests.training import diffusion_config, write_base, write_images
 
 CAPTION = "bright square"
+RECIPE = Path(__file__).resolve().parent.parent / "scripts" / "few_step" / "lora.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +118,19 @@ def test_an_ordinary_adapter_says_nothing_of_it(folder):
 def test_what_cannot_be_distilled_is_refused(folder, task, message):
     with pytest.raises(ValueError, match=message):
         config_of(folder, "wrong", task)
+
+
+def test_the_recipe_runs(folder):
+    write_base(folder / "default", kinds=("text", "image", "labels"))
+    data = {name: str(folder / "images") for name in ("data", "validation")}
+    changes = [f"{name}.source={source}" for name, source in data.items()]
+    changes += [f"{name}.{key}" for name in data for key in ("label_schema=null", "resolution=32")]
+    changes += ["data.group_column=patient", "data.dataset_column=null", "data.balance_columns=[kind]"]
+    changes += [f"task.base={folder / 'default'}", f"output_dir={folder / 'few-step'}", "train.steps=1"]
+    run = Trainer(load_config(RECIPE, changes)).fit()
+    manifest = read_manifest(run / "adapter")
+    assert (manifest["built_in_guidance"], manifest["rank"]) == (4.0, 32)
+    assert manifest["conditions"] == ["text", "image", "labels"]
 
 
 def test_another_task_is_refused(folder):
