@@ -88,8 +88,7 @@ def main() -> None:
         given += [] if arguments.prior is None else ["--prior", arguments.prior]
         if PROMPTED in strategies:
             prompts = out / "prompts.jsonl"
-            if not prompts.is_file():
-                write_prompts(train, name, arguments.images, prompts)
+            write_prompts(train, name, arguments.images, prompts)  # of a larger pool, the drawn ones come first
             run_command(
                 ["generate", "--prompts-file", str(prompts), "--steps", arguments.steps]
                 + ["--batch-size", "32", "--out", str(out / PROMPTED)]
