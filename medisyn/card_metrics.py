@@ -57,7 +57,8 @@ def _metrics(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             yield metric(f"{score}{suffix}", "all", overall[score], images, judge)
 
     judges = [(report, extractor, "")]
-    if (second := report.get("judge")) is not None:
+    second = report.get("judge")
+    if second is not None and "omitted" not in second:
         cnn = second["classifier"]
         judges.append((second, f"{cnn['model']} at {cnn['resolution']} px", ", by a CNN of the domain"))
     for part, *judge in judges:

@@ -18,6 +18,12 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raise ValueError for one that ends before it begins."""
+    if interval[0] > interval[1]:
+        raise ValueError(f"task.guidance_interval must be (low, high) with low <= high, not {tuple(interval)}")
+
+
 @dataclass(frozen=True)
 class TextConditionConfig:
     """Text prompts as cross-attention tokens."""
@@ -194,6 +200,7 @@ class GuidanceDistillationTaskConfig(DiffusionTaskConfig):
         super().__post_init__()
         if self.method != "lora" or self.lora is None or self.lora.text_encoder:
             raise ValueError("guidance is built into a LoRA of the UNet: set task.lora, without text_encoder")
+        check_interval(self.guidance_interval)
         for condition in self.conditions:
             if getattr(condition, "new_words", ()) or getattr(condition, "schema", None) is not None:
                 raise ValueError(f"the teacher knows the base's own conditions alone: {condition.type} has new ones")
@@ -256,16 +263,15 @@ class GuidedTaskConfig:
     # count images of data.source as labelled whose class the run of `classifier` was sure of (its task.pseudo_labels)
     pseudo_labels: bool = False
     unlabelled: str | tuple[str, ...] | None = None  # more images for the distillation, as in data.source
-    # of the classifier's gradient in the target. At 3 the target is nearly the teacher and the student does not learn
-    # its classes (agreement 0.67, chance 0.33); at 12 it does (0.94, model_cards/LOG.md)
+    # of the classifier's gradient in the target; at 3 the student does not learn its classes (model_cards/LOG.md)
     guidance_scale: NonNegative = 12.0
     # where it acts, and data_guidance, in fractions of the timesteps
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     guidance_clip: PositiveFloat | None = 1.0  # most that it moves a clean latent (root mean square); null: any
     distillation_weight: NonNegative = 1.0  # of items with a class; without one the teacher's weight is always 1
     data_weight: NonNegative = 1.0  # of the labelled images' own denoising loss
-    # classifier-free guidance away from the teacher that this loss builds into the student, in place of the
-    # classifier's (distillation_weight: 0); it is then sampled with guidance 1. 1: none
+    # classifier-free guidance away from the teacher that this loss builds in, in place of the classifier's
+    # (distillation_weight: 0); the student is then sampled with guidance 1. 1: none
     data_guidance: Annotated[float, Field(ge=1.0)] = 1.0
     class_dropout: Fraction = 0.1  # probability of no class, where the target is the teacher as it is
     labelled_share: Fraction = 0.25  # of the drawn images that have a label, each class as often; 1 if all have one
@@ -282,10 +288,9 @@ class GuidedTaskConfig:
             object.__setattr__(self, "lora", LoraConfig())
         if self.lora is not None and self.method != "lora":
             raise ValueError(f"task.lora belongs to method: lora, not {self.method}")
+        check_interval(self.guidance_interval)
         if self.data_guidance > 1 and self.distillation_weight:
-            raise ValueError(
-                "task.data_guidance takes the place of the classifier's: set task.distillation_weight to 0"
-            )
+            raise ValueError("task.data_guidance replaces the classifier's: set task.distillation_weight to 0")
 
 
 @dataclass(frozen=True)

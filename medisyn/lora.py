@@ -138,7 +138,7 @@ def load_adapter(
     except BaseException:
         _remove_parts(pipe, name)
         raise
-    if manifest is not None and (built_in := manifest.get("built_in_guidance")):
+    if manifest is not None and weight and (built_in := manifest.get("built_in_guidance")):
         logger.warning(
             "adapter %s has guidance %g built in: sample with guidance_scale=1 (--guidance 1)", name, built_in
         )

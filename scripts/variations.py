@@ -13,9 +13,9 @@ from medisyn.commands.arguments import parse_adapters, parse_guidance
 from medisyn.commands.utility import (
     JUDGE_RESOLUTION,
     JUDGE_STEPS,
-    CnnResolutionOption,
-    CnnStepsOption,
     JudgeOption,
+    JudgeResolutionOption,
+    JudgeStepsOption,
     make_judge,
 )
 from medisyn.console import one_line_errors
@@ -41,8 +41,8 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     cnn: JudgeOption = None,
-    cnn_steps: CnnStepsOption = JUDGE_STEPS,
-    cnn_resolution: CnnResolutionOption = JUDGE_RESOLUTION,
+    cnn_steps: JudgeStepsOption = JUDGE_STEPS,
+    cnn_resolution: JudgeResolutionOption = JUDGE_RESOLUTION,
     cache_dir: Annotated[Path, typer.Option(help="Features; an interrupted run goes on.")] = Path("runs/features"),
 ) -> None:
     """Print and write the report."""

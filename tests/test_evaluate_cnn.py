@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from medisyn.card_metrics import metrics_of_report
@@ -68,7 +69,11 @@ def test_a_judge_is_trained_once(data, tmp_path, monkeypatch):
     fits = []
     monkeypatch.setattr(CnnClassifier, "fit", lambda self, *given: fits.append(given) or first.network)
     again = train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
-    assert not fits and again.classes == first.classes == ("CT / nodule", "CT / normal", "fundus / normal")
+    assert not fits and again.classes == first.classes == (
+        ("CT", "CT / nodule"),
+        ("CT", "CT / normal"),
+        ("fundus", "fundus / normal"),
+    )
     pixels = quick.inputs(train).numpy()[:4]
     assert np.array_equal(first.features(pixels), again.features(pixels)) and first.features(pixels).shape[0] == 4
     # Another question is another network; what a killed run has left behind is no network.
@@ -78,7 +83,9 @@ def test_a_judge_is_trained_once(data, tmp_path, monkeypatch):
     assert len(fits) == 3
     kept.write_bytes(b"half")
     train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
-    assert len(fits) == 4
+    save_file({"other": torch.zeros(1)}, kept)
+    train_judge(quick, train, COLUMNS, cache_dir=tmp_path)
+    assert len(fits) == 5
 
 
 def test_a_judge_adds_the_inner_classes_up_and_keeps_to_those_that_are_asked_for(data):
@@ -101,10 +108,48 @@ def test_an_image_without_an_inner_class_stands_for_its_outer_one(data, tmp_path
             line["finding"] = None
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     judge = train_judge(replace(CNN, resolution=32, steps=2), load_images(str(folder), caption_column=None), COLUMNS)
-    assert judge.classes == ("CT / nodule", "CT / normal", "fundus")
+    assert judge.classes == (("CT", "CT / nodule"), ("CT", "CT / normal"), ("fundus",))
     with pytest.raises(ValueError, match="two classes"):
         one = load_images(write_images(tmp_path / "one", 4, 9, pairs=[("CT", "nodule")]), caption_column=None)
         train_judge(CNN, one, COLUMNS)
+
+
+def test_what_the_judge_cannot_judge_is_omitted_and_costs_nothing_else(data, tmp_path):
+    one = write_images(tmp_path / "one", 20, 11, pairs=[("CT", "nodule")])
+    plain = write_images(tmp_path / "plain", 20, 12, columns=("modality", "group_id"))
+    report = run(data, data["synthetic"], tmp_path / "a", train=one, cnn=CNN)
+    assert "two classes" in report["judge"]["omitted"] and report["fidelity"]["overall"]["images"] == 84
+    assert "Omitted: a judge needs two classes" in (tmp_path / "a" / "report.md").read_text()
+    assert not [metric for metric in metrics_of_report(report) if "CNN" in metric["name"]]
+    report = run(data, data["synthetic"], tmp_path / "b", train=plain, cnn=CNN, per=list(COLUMNS))
+    assert report["judge"]["agreement"]["modality"]["synthetic"]["accuracy"] > 0.9
+    assert "no column 'finding'" in report["judge"]["agreement"]["finding"]["omitted"]
+
+
+def test_a_class_is_not_taken_for_a_part_of_another_with_a_longer_name(data):
+    train = load_images(data["train"], caption_column=None)
+    judge = replace(
+        train_judge(replace(CNN, resolution=32), train, COLUMNS[:1]), classes=(("CT",), ("CT / contrast",))
+    )
+    pixels = judge.cnn.inputs(train).numpy()
+    found = judge.restrict(pixels, ["CT", "CT / contrast"]).predict(pixels)
+    wanted = {"CT": "CT", "fundus": "CT / contrast"}  # which of the two outputs it is
+    assert (found == np.array([wanted[name] for name in train.column("modality")])).mean() > 0.9
+
+
+def test_a_last_batch_of_one_image_is_no_obstacle():
+    """A network that ends in one pixel has no batch statistics of a single image."""
+    cnn = CnnClassifier(resolution=32, steps=1, batch_size=8)
+    inputs = torch.zeros(65, 3, 32, 32, dtype=torch.uint8)
+    assert cnn.fit_predict([[Part(inputs, torch.arange(65) % 2)]], inputs[:2], 2, seed=0).shape == (2, 2)
+
+
+def test_a_network_of_another_size_is_refused_before_anything_is_drawn(data, tmp_path):
+    wrong = ["evaluate", data["synthetic"], "--real", data["real"], "--train", data["train"]]
+    wrong += ["--cnn", "vit_tiny_patch16_224", "--extractor", data["extractor"], "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, wrong)
+    assert result.exit_code == 2 and "vit_tiny_patch16_224 cannot judge images of 64 px" in result.output
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_rare_class_is_seen_as_often_as_the_others():

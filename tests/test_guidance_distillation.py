@@ -113,11 +113,24 @@ def test_an_ordinary_adapter_says_nothing_of_it(folder):
         ({"conditions": [{"type": "text", "new_words": ["x"]}]}, "the base's own conditions alone: text has new ones"),
         ({"base": None, "preset": "mini", "vae": "x"}, "needs a trained model"),
         ({"guidance_scale": 0.0}, "greater than 0"),
+        ({"guidance_interval": (0.9, 0.1)}, "with low <= high"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(folder, task, message):
     with pytest.raises(ValueError, match=message):
         config_of(folder, "wrong", task)
+
+
+def test_a_base_without_conditions_has_nothing_to_be_guided_to(folder):
+    write_base(folder / "unconditional", kinds=())
+    with pytest.raises(ValueError, match="takes no condition"):
+        create_task(config_of(folder, "wrong", {"base": str(folder / "unconditional")}))
+
+
+def test_an_adapter_at_weight_zero_has_nothing_built_in(folder, caplog):
+    run = Trainer(config_of(folder, "weightless", train={"steps": 1})).fit()
+    load_pipeline(folder / "base", adapter={str(run / "adapter"): 0.0})
+    assert "built in" not in caplog.text
 
 
 def test_the_recipe_runs(folder):

@@ -400,7 +400,7 @@ def test_guidance_can_be_built_into_the_labelled_images_loss(folder):
     assert guided == pytest.approx(plain, rel=1e-4) and first.abs().max() > 0
     assert torch.allclose(4 * second, first, rtol=1e-3, atol=1e-7)
     assert torch.equal(outside, first)  # no guidance outside of its interval
-    with pytest.raises(ValueError, match="takes the place of the classifier's: set task.distillation_weight to 0"):
+    with pytest.raises(ValueError, match="replaces the classifier's: set task.distillation_weight to 0"):
         guided_config(folder, task={"data_guidance": 2.0})
 
 

@@ -21,7 +21,7 @@ from .arguments import (
     parse_adapters,
     parse_guidance,
 )
-from .utility import JUDGE_RESOLUTION, JUDGE_STEPS, CnnResolutionOption, CnnStepsOption, JudgeOption, make_judge
+from .utility import JUDGE_RESOLUTION, JUDGE_STEPS, JudgeOption, JudgeResolutionOption, JudgeStepsOption, make_judge
 
 
 def register(app: typer.Typer) -> None:
@@ -54,8 +54,8 @@ def evaluate(
         str, typer.Option(metavar="SPEC", help="inception, timm:NAME@FILE, Hub name, ...")
     ] = "inception",
     cnn: JudgeOption = None,
-    cnn_steps: CnnStepsOption = JUDGE_STEPS,
-    cnn_resolution: CnnResolutionOption = JUDGE_RESOLUTION,
+    cnn_steps: JudgeStepsOption = JUDGE_STEPS,
+    cnn_resolution: JudgeResolutionOption = JUDGE_RESOLUTION,
     num_images: Annotated[int, typer.Option(min=2, max=100_000, help="Images to generate.")] = 600,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,

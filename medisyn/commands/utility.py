@@ -60,6 +60,8 @@ CnnResolutionOption = Annotated[int, typer.Option(min=8, max=1024, help="Pixels 
 JudgeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="Judge also by this timm model, trained on --train.")
 ]
+JudgeStepsOption = Annotated[int, typer.Option(min=1, help="Optimizer steps of --cnn.")]
+JudgeResolutionOption = Annotated[int, typer.Option(min=8, max=1024, help="Pixels that --cnn sees.")]
 ShareOption = Annotated[float, typer.Option(help="Share of synthetic images in mixed batches.")]
 DropOverlapOption = Annotated[
     bool, typer.Option("--drop-overlap", help="Leave test images out that were trained on, in place of refusing.")
@@ -246,11 +248,13 @@ def make_judge(cnn: str | None, steps: int, resolution: int) -> "CnnClassifier |
     if cnn is None:
         return None
     from ..doctor import best_device
+    from ..evaluation.judge import check_judge
     from ..evaluation.utility_classifier import CnnClassifier
 
-    return CnnClassifier(
-        model=cnn, steps=steps, resolution=resolution, batch_size=JUDGE_BATCH, balanced=True, device=best_device()
-    )
+    settings: dict[str, Any] = {"steps": steps, "resolution": resolution, "batch_size": JUDGE_BATCH}
+    judge = CnnClassifier(model=cnn, balanced=True, device=best_device(), **settings)
+    check_judge(judge)
+    return judge
 
 
 def split_names(option: str, text: str) -> list[str]:

@@ -7,12 +7,15 @@ network of the domain itself is the second opinion: on classes, and on distances
 - It is trained on the innermost classes ("CT / nodule"), all equally often. A class of an outer column is the sum of
   its inner ones, and within an outer value only its own classes compete, as in `medisyn.evaluation.agreement`.
 - An image without an inner value stands for its outer one; an image without any is left out.
+- Half of the images are mirrored in training: which side of the body an image shows cannot be judged.
+- A generator may have learnt from the images that the judge learns from, and the judge knows again what a drawn image
+  has kept of them: agreement above that of unseen real images is no merit.
 - Real and synthetic images are brought to the judge's resolution, which is at most that of the synthetic ones.
 - A finished network is kept in the cache folder, under a name made of its settings, its images and their classes.
 
     judge = train_judge(CnnClassifier(steps=2000, batch_size=64, balanced=True), train, ("modality", "finding"))
-    label_agreement(training, evaluated, fit=judge.restrict)      # of pixels, as `judge.inputs` gives them
-    judge.features(judge.inputs(images))                          # (N, D), for distances
+    label_agreement(training, evaluated, fit=judge.restrict)      # of pixels, as `judge.cnn.inputs` gives them
+    judge.features(judge.cnn.inputs(images).numpy())              # (N, D), for distances
 """
 
 import hashlib
@@ -30,9 +33,10 @@ from safetensors.torch import load_file, save_file
 from ..data.loading import ImageDataset
 from ..generation.provenance import atomic_file
 from .inputs import nested_values
-from .utility_classifier import CnnClassifier, Part
+from .utility_classifier import CNN_OPTIONS, CnnClassifier, Part
 
 BATCH = 64  # images whose features are taken at once
+VERSION = 1  # of the training; another one makes kept networks be trained anew
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Restricted:
 
     Attributes:
         judge: With probabilities of innermost classes.
-        classes_: Possible classes (K,), each an innermost class or the outer part of several.
+        classes_: Names of the possible classes (K,), each of an innermost class or of what several have in common.
     """
 
     judge: "Judge"
@@ -49,8 +53,7 @@ class Restricted:
 
     def predict(self, inputs: np.ndarray) -> np.ndarray:
         """The likeliest of `classes_` for each image (N,)."""
-        inner = self.judge.classes
-        parts = [[leaf == name or leaf.startswith(f"{name} / ") for leaf in inner] for name in self.classes_]
+        parts = [[name in path for path in self.judge.classes] for name in self.classes_.tolist()]
         found = self.judge.cnn.predict(self.judge.network, torch.from_numpy(inputs))
         return self.classes_[(found @ np.array(parts, dtype=found.dtype).T).argmax(1)]
 
@@ -62,12 +65,12 @@ class Judge:
     Attributes:
         cnn: How it was trained.
         network: A timm model with one output for each of `classes`.
-        classes: Innermost classes, such as "CT / nodule".
+        classes: Innermost classes by their names from the outermost column on: ("CT", "CT / nodule").
     """
 
     cnn: CnnClassifier
     network: torch.nn.Module
-    classes: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]
 
     def describe(self) -> dict:
         """How it was trained, and the number of its classes, for reports."""
@@ -84,6 +87,16 @@ class Judge:
         parts = torch.from_numpy(inputs).split(BATCH)
         pooled = [network.forward_head(network.forward_features(self.cnn.pixels(p)), pre_logits=True) for p in parts]
         return torch.cat(pooled).float().cpu().numpy()
+
+
+def check_judge(cnn: CnnClassifier) -> None:
+    """Raise ValueError, in one line, for a network that cannot give features of images of the resolution."""
+    size = cnn.resolution
+    try:
+        Judge(cnn, cnn.build(2).eval(), ()).features(np.zeros((2, 3, size, size), dtype=np.uint8))
+    except Exception as error:  # a network may fail in any way
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{cnn.model} cannot judge images of {size} px: {reason}") from error
 
 
 def train_judge(
@@ -105,36 +118,36 @@ def train_judge(
     Raises:
         ValueError: Fewer than two classes.
     """
-    labels: list[str | None] = [None] * len(train)
-    for values in nested_values(train, columns).values():
-        labels = [outer if inner is None else inner for outer, inner in zip(labels, values, strict=True)]
-    rows = [row for row, label in enumerate(labels) if label is not None]
-    classes, targets = np.unique(np.array([labels[row] for row in rows], dtype=str), return_inverse=True)
+    paths = list(zip(*nested_values(train, columns).values(), strict=True)) if columns else []
+    paths = [tuple(name for name in path if name is not None) for path in paths]
+    rows = [row for row, path in enumerate(paths) if path]
+    classes = sorted({paths[row] for row in rows})
     if len(classes) < 2:
         raise ValueError(f"a judge needs two classes to tell apart, but the training images have {len(classes)}")
+    targets = torch.tensor([classes.index(paths[row]) for row in rows])
     images = train.hashes()
-    settings = {"seed": seed, "images": [[images[row], labels[row]] for row in rows], **cnn.describe()}
+    settings = {"seed": seed, "images": [[images[row], paths[row]] for row in rows], **cnn.describe()}
+    settings |= {"version": VERSION, "options": dict(CNN_OPTIONS)}
     file = None
     if cache_dir is not None:
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
         file = Path(cache_dir) / f"judge-{key}.safetensors"
     network = None if file is None else _kept(cnn, len(classes), file)
     if network is None:
-        part = Part(cnn.inputs_of(train.image(row) for row in rows), torch.from_numpy(targets))
+        part = Part(cnn.inputs_of(train.image(row) for row in rows), targets)
         network = cnn.fit([[part]], len(classes), seed)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as partial:
                 save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
-    return Judge(cnn, network, tuple(classes.tolist()))
+    return Judge(cnn, network, tuple(classes))
 
 
 def _kept(cnn: CnnClassifier, number_of_classes: int, file: Path) -> torch.nn.Module | None:
     """The network of a file; None where there is no such file, or half of one."""
-    try:
-        state = load_file(file)
-    except (FileNotFoundError, SafetensorError):
-        return None
     network = cnn.build(number_of_classes)
-    network.load_state_dict(state)
+    try:
+        network.load_state_dict(load_file(file))
+    except (FileNotFoundError, SafetensorError, RuntimeError):  # the last: of another network
+        return None
     return network.eval()

@@ -117,12 +117,11 @@ def _judge_text(found: Mapping | None) -> list[str]:
     """The section of a network that learnt from the training images, if there was one."""
     if found is None:
         return []
-    parts = [
-        _fidelity_text(found["fidelity"]),
-        _agreement_text(found["agreement"]),
-        *_ordinal_text(found["agreement"]),
-    ]
-    return ["## Fidelity and agreement by a network of the domain", describe_judge(found["classifier"]), *parts]
+    heading = "## Fidelity and agreement by a network of the domain"
+    if "omitted" in found:
+        return [heading, f"Omitted: {found['omitted']}."]
+    agreement = [_agreement_text(found["agreement"]), *_ordinal_text(found["agreement"])]
+    return [heading, describe_judge(found["classifier"]), _fidelity_text(found["fidelity"]), *agreement]
 
 
 def describe_judge(classifier: Mapping) -> str:

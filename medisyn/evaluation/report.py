@@ -244,9 +244,14 @@ def _judged(cnn: "CnnClassifier", sets: dict, values: dict, requested: dict, cac
 
     per, groups, seed, grades = arguments
     cnn = replace(cnn, resolution=min(cnn.resolution, *sets["synthetic"].image(0).size))
-    judge = train_judge(cnn, sets["train"], per, seed, cache_dir)
-    pixels = {name: cnn.inputs(images).numpy() for name, images in sets.items()}
-    features = {name: judge.features(pixels[name]) for name in ("real", "synthetic")}
+    known = [column for depth, column in enumerate(per) if not lacking_column(sets["train"], per[: depth + 1])]
+    try:
+        judge = train_judge(cnn, sets["train"], known, seed, cache_dir)
+    except ValueError as error:
+        return {"omitted": str(error)}
+    pixels = {name: cnn.inputs(sets[name]).numpy() for name in ("real", "synthetic")}
+    features = {name: judge.features(inputs) for name, inputs in pixels.items()}
+    pixels["train"] = np.empty((len(sets["train"]), 0))  # it has learnt from them already
     return {
         "classifier": judge.describe(),
         "agreement": _agreement(pixels, sets, per, groups, seed, grades, judge.restrict),

@@ -132,7 +132,8 @@ class CnnClassifier:
                 steps = self.steps * (number + 1) // len(stages) - self.steps * number // len(stages)
                 self._train(network, stage, steps, torch.Generator().manual_seed(1_000_003 * seed + number))
             reference = stages[-1][0].inputs
-            batches = (self.pixels(reference[i : i + 64]) for i in range(0, len(reference), 64))
+            # a batch of one has no statistics where the network ends in a single pixel
+            batches = [self.pixels(part) for part in reference.split(64) if len(part) > 1 or len(reference) == 1]
             torch.optim.swa_utils.update_bn(batches, network)
         return network.eval()
 

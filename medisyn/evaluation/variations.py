@@ -154,7 +154,7 @@ def evaluate_variations(
         cnn = judge.cnn
         made = {"parents": (cnn.inputs_of(real.image(row) for row in parents).numpy(), parents)}
         made |= {name: (cnn.inputs_of(map(read_image, own)).numpy(), rows_of[name]) for name, own in files.items()}
-        found = _agreement(columns, train, cnn.inputs(train).numpy(), real, groups, made, seed, judge.restrict)
+        found = _agreement(columns, train, np.empty((len(train), 0)), real, groups, made, seed, judge.restrict)
         report["judge"] = {"classifier": judge.describe(), "agreement": found}
     report["checks"] = _checks(report)
     for name, text in (("report.json", json.dumps(report, indent=2) + "\n"), ("report.md", format_variations(report))):

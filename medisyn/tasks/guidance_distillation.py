@@ -1,6 +1,6 @@
 """Guidance distillation: a LoRA learns what its base predicts with classifier-free guidance.
 
-One pass a step then draws what took one for each condition and one without any (Meng et al. 2023, arXiv 2210.03142,
+One pass a step then draws what took one with and one without the conditions (Meng et al. 2023, arXiv 2210.03142,
 section 3.1).
 
 - The teacher is the base as it is. It shares the weights under the LoRA, and costs no memory.
@@ -35,6 +35,8 @@ class GuidanceDistillationTask(DiffusionTask):
         if not isinstance(config.task, GuidanceDistillationTaskConfig):
             raise ValueError(f"task.type={config.task.type!r} given to the guidance distillation task")
         super().__init__(config)
+        if not self.conditions:
+            raise ValueError(f"task.base {self.options.base!r} takes no condition, so there is nothing to guide to")
         self.built_in_guidance = self.options.guidance_scale
 
     def _put_adapter(self, base: MediSynPipeline, images: ImageDataset) -> None:

@@ -32,6 +32,8 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     """Print seconds of loading and of a batch as one JSON line."""
+    if fuse and adapter is None:
+        raise typer.BadParameter("--fuse needs an --adapter")
     if threads:
         torch.set_num_threads(threads)
     loading, drawing = [], []
@@ -52,7 +54,8 @@ def main(
         pipe(**given, generator=generators, **options)
         drawing.append(time.perf_counter() - start)
     numbers = {"load_seconds": median(loading), "batch_seconds": median(drawing[1:])}  # the first one warms up
-    print(json.dumps({"model": model, "images": images, "threads": torch.get_num_threads()} | numbers))
+    setting = {"model": model, "adapter": adapter, "fused": fuse, "images": images, "threads": torch.get_num_threads()}
+    print(json.dumps(setting | options | numbers))
 
 
 if __name__ == "__main__":
