@@ -10,6 +10,7 @@
     save_adapter(pipe, "adapters/mine", make_manifest("mine", "lora", "default", base_hash, pipe.kinds, rank=8))
 """
 
+import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,11 @@ def lora_facts(lora: LoraConfig | None) -> dict[str, Any]:
     if lora is None:
         return {}
     return {"rank": lora.rank, "alpha": lora.alpha or lora.rank, "target_modules": lora.target_modules}
+
+
+def sharing_copy(network: nn.Module) -> nn.Module:
+    """A copy on the same weights: what is put beside the layers of one, as a LoRA is, leaves the other as it was."""
+    return copy.deepcopy(network, {id(each): each for each in (*network.parameters(), *network.buffers())})
 
 
 def teach_words(

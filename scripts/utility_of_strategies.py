@@ -88,7 +88,9 @@ def main() -> None:
         given += [] if arguments.prior is None else ["--prior", arguments.prior]
         if PROMPTED in strategies:
             prompts = out / "prompts.jsonl"
-            write_prompts(train, name, arguments.images, prompts)  # of a larger pool, the drawn ones come first
+            there = len(prompts.read_text(encoding="utf-8").splitlines()) if prompts.is_file() else 0
+            if there < arguments.images:
+                write_prompts(train, name, arguments.images, prompts)
             run_command(
                 ["generate", "--prompts-file", str(prompts), "--steps", arguments.steps]
                 + ["--batch-size", "32", "--out", str(out / PROMPTED)]

@@ -30,7 +30,7 @@ def test_prompts_come_in_the_proportions_of_the_classes(monkeypatch, tmp_path):
 
 
 def test_a_larger_pool_goes_on_from_a_smaller_one(monkeypatch, tmp_path):
-    """`--images` of a second run counts: its prompts begin with those of the first."""
+    """`--images` of a second run counts, its prompts begin with those of the first; a pool that is larger stays."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
     import utility_of_strategies
 
@@ -42,7 +42,7 @@ def test_a_larger_pool_goes_on_from_a_smaller_one(monkeypatch, tmp_path):
     monkeypatch.setattr(utility_of_strategies, "run_command", commands.append)
     prompts = tmp_path / "out" / "ours" / "prompts.jsonl"
     found = []
-    for images in ("4", "7", "7"):
+    for images in ("4", "7", "5"):
         given = ["--corpus", str(tmp_path), "--datasets", "ours", "--out", str(tmp_path / "out"), "--pool-only"]
         monkeypatch.setattr("sys.argv", ["utility_of_strategies.py", *given, "--images", images])
         utility_of_strategies.main()

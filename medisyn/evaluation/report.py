@@ -187,7 +187,8 @@ def evaluate(
         "notes": _notes(per, requested, groups, shared, overlap),
     }
     if cnn is not None:
-        report["judge"] = _judged(cnn, sets, real_values, requested, cache_dir, per, groups, seed, grades)
+        every = {"real": real_values, "synthetic": requested}
+        report["judge"] = _judged(cnn, sets, per, groups, seed, grades, every, cache_dir)
     column = per[0] if per and per[0] in requested else None
     values = {} if column is None else {"real": real_values[column], "synthetic": requested[column]}
     write_report(report, out, comparison_grid(real, synthetic, values, seed))
@@ -238,11 +239,19 @@ def _grades(
     return grades
 
 
-def _judged(cnn: "CnnClassifier", sets: dict, values: dict, requested: dict, cache_dir, *arguments: Any) -> dict:
+def _judged(
+    cnn: "CnnClassifier",
+    sets: dict,
+    per: Sequence[str],
+    groups: list | None,
+    seed: int,
+    grades: Mapping[str, Mapping],
+    values: Mapping[str, dict],
+    cache_dir: str | Path | None,
+) -> dict:
     """Agreement and fidelity by a network that learns from the training images, and how it was trained."""
     from .judge import train_judge
 
-    per, groups, seed, grades = arguments
     cnn = replace(cnn, resolution=min(cnn.resolution, *sets["synthetic"].image(0).size))
     known = [column for depth, column in enumerate(per) if not lacking_column(sets["train"], per[: depth + 1])]
     try:
@@ -255,7 +264,7 @@ def _judged(cnn: "CnnClassifier", sets: dict, values: dict, requested: dict, cac
     return {
         "classifier": judge.describe(),
         "agreement": _agreement(pixels, sets, per, groups, seed, grades, judge.restrict),
-        "fidelity": _fidelity(features, values, requested, groups, seed),
+        "fidelity": _fidelity(features, values["real"], values["synthetic"], groups, seed),
     }
 
 

@@ -47,6 +47,12 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 POSTERIOR = 0  # stream of the draw from an autoencoder's posterior
 
 
+def within(timesteps: Tensor, interval: tuple[float, float], count: int) -> Tensor:
+    """Whether timesteps (B,) lie in an interval of fractions of all `count` of them; bool (B,)."""
+    low, high = (bound * count for bound in interval)
+    return (timesteps >= low) & (timesteps <= high)
+
+
 def draw_latents(pipe: MediSynPipeline, batch: Mapping[str, Tensor]) -> Tensor:
     """Latents on the UNet's scale, float32 (B, C, h, w): of an autoencoder with a posterior, one draw for each item.
 

@@ -12,16 +12,17 @@ section 3.1).
     medisyn generate "chest X-ray" --adapter runs/few-step --guidance 1 --steps 8
 """
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from medisyn.adapter_training import sharing_copy
 from medisyn.config import GuidanceDistillationTaskConfig, TrainConfig
 from medisyn.data.loading import ImageDataset
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.tasks.base import within
 from medisyn.tasks.diffusion import DiffusionTask
 
 
@@ -40,9 +41,7 @@ class GuidanceDistillationTask(DiffusionTask):
         self.built_in_guidance = self.options.guidance_scale
 
     def _put_adapter(self, base: MediSynPipeline, images: ImageDataset) -> None:
-        unet = base.unet
-        # a LoRA leaves the weights under it as they are
-        self._teacher = (copy.deepcopy(unet, {id(each): each for each in (*unet.parameters(), *unet.buffers())}),)
+        self._teacher = (sharing_copy(base.unet),)
         super()._put_adapter(base, images)
 
     @torch.no_grad()
@@ -54,7 +53,6 @@ class GuidanceDistillationTask(DiffusionTask):
         nulls = {kind: null.expand(len(noised), *null.shape[1:]) for kind, null in nulls.items()}
         conditional = teacher(noised, timesteps, **conditions).sample.float()
         null = teacher(noised, timesteps, **self._unet_conditions(nulls, batch_size=len(noised))).sample.float()
-        low, high = (bound * self.noising.config.num_train_timesteps for bound in self.options.guidance_interval)
-        guided = (timesteps >= low) & (timesteps <= high)
+        guided = within(timesteps, self.options.guidance_interval, self.noising.config.num_train_timesteps)
         scale = torch.where(guided, self.options.guidance_scale, 1.0).view(-1, 1, 1, 1)
         return null + scale * (conditional - null)

@@ -18,7 +18,6 @@
     medisyn generate --model runs/guided --labels finding=adenocarcinoma --guidance 1
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from medisyn import extension
 from medisyn.adapter_folder import make_manifest
-from medisyn.adapter_training import TRAINED, lora_facts, prepare_adapter, save_adapter
+from medisyn.adapter_training import TRAINED, lora_facts, prepare_adapter, save_adapter, sharing_copy
 from medisyn.backbone import add_condition, base_hash
 from medisyn.conditions import LabelsCondition
 from medisyn.conditions.labels import LabelSchema
@@ -58,6 +57,7 @@ from medisyn.tasks.base import (
     load_splits,
     seeded_normal,
     seeded_uniform,
+    within,
 )
 from medisyn.tasks.cached_images import CachedImages, MixedImages
 from medisyn.tasks.diffusion import VALIDATION_NOISE_LEVELS
@@ -178,8 +178,7 @@ class GuidedTask(TrainingTask):
             add_condition(self.pipe, LabelsCondition(schema))  # makes a new UNet; the old one is the teacher
             self.pipe.unet.requires_grad_(True)
             return old
-        # a LoRA leaves the weights under it as they are, so the teacher shares them
-        teacher = copy.deepcopy(old, {id(each): each for each in (*old.parameters(), *old.buffers())})
+        teacher = sharing_copy(old)
         extension.extend_labels(self.pipe, fields, TRAINED, schema_name=schema.name)
         prepare_adapter(self.pipe, "lora", self.options.lora)
         if (decoder := self.options.lora.decoder) is not None:
@@ -253,8 +252,7 @@ class GuidedTask(TrainingTask):
 
     def _is_guided(self, timesteps: Tensor) -> Tensor:
         """Whether guidance of either kind acts at these timesteps; bool (B,)."""
-        low, high = (bound * self.noising.config.num_train_timesteps for bound in self.options.guidance_interval)
-        return (timesteps >= low) & (timesteps <= high)
+        return within(timesteps, self.options.guidance_interval, self.noising.config.num_train_timesteps)
 
     def _data_guidance(self, timesteps: Tensor) -> Tensor:
         """The guidance that the labelled images' own loss builds in at these timesteps; (B,)."""
