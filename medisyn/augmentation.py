@@ -25,6 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .augmentation_candidates import (
+    candidate_counts,
+    candidate_requests,
+    captions_by_class,
+    check_strategy,
+    guessed_images,
+    relabelled,
+)
 from .augmentation_checks import check_labels, find_uncompared
 from .augmentation_report import format_augmentation, with_share
 from .augmented_dataset import FORMATS, check_dataset_folder, write_dataset
@@ -44,7 +52,7 @@ from .evaluation.utility_inputs import (
     refuse_overlap,
 )
 from .evaluation.utility_report import write_utility
-from .generation.class_requests import class_requests, condition_of, spread_requests
+from .generation.class_requests import class_requests, condition_of
 from .generation.output_folder import check_writable
 from .generation.provenance import atomic_file
 from .generation.selected_folder import select_folder
@@ -52,6 +60,7 @@ from .generation.selection import DEFAULT_RULES, Selection
 from .generation.selection_parsing import Rules, parse_rules
 from .generation.synthesize import synthesize
 from .prompts import choose
+from .tasks.pseudo_labels import guessing_judge
 
 if TYPE_CHECKING:
     from .pipelines.medisyn_pipeline import MediSynPipeline
@@ -59,6 +68,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POOLS = {"all candidates": "candidates", "random selection": "random", "selected": "selected"}  # name -> folder
+PAIRS = [("selected", "random selection"), ("selected", "all candidates")]
+GUESSED = "guessed images"  # real ones
 
 
 def augment(
@@ -79,6 +90,9 @@ def augment(
     prompt: str | None = None,
     ratio: float = 10.0,
     balanced: bool = False,
+    strategy: str | None = None,
+    pseudo_labels: str | None = None,
+    judge: str | None = None,
     sampling: Mapping[str, Any] | None = None,
     rules: Rules = DEFAULT_RULES,
     extractor: str = "inception",
@@ -117,6 +131,12 @@ def augment(
         prompt: Template with `{label}`; None: the captions of the labelled images.
         ratio: Candidates for each labelled image.
         balanced: As many candidates of each class, in place of the proportions of the labelled images.
+        strategy: How candidates are made of real images of their class (`medisyn.generation.strategies`), such as
+            "sdedit:strength=0.6"; None: of none.
+        pseudo_labels: Run of a latent classifier. The images whose class it has guessed are parents as well, and are
+            measured as they are, as one more pool: what they are worth without synthesis.
+        judge: Run of a latent classifier with pseudo-labels: its network gives the confidence of the selection, in
+            place of a probe of the labelled images.
         sampling: Further arguments of `synthesize`, such as `num_inference_steps`.
         rules: Of the selection.
         extractor: Features for the selection.
@@ -154,6 +174,8 @@ def augment(
         raise ValueError(f"label_fraction must be above 0 and at most 1, not {label_fraction:g}")
     if not 0 < ratio <= 1000:
         raise ValueError(f"ratio of candidates to labelled images must be above 0 and at most 1000, not {ratio:g}")
+    made_by = None if strategy is None else check_strategy(pipe, strategy)
+    network = None if judge is None else guessing_judge(judge, pipe.device)
     load_extractor(extractor, pipe)  # a missing weights file must not cost an hour
     options: dict[str, Any] = {"group_column": group_column, "filter": filter}
     source = open_images(real, [label_column])
@@ -164,23 +186,37 @@ def augment(
     check_test_classes(asked, classes)
     make_folds(small, asked, 1.0, folds, fold_kind, label_seed, seed)  # too few patients must not be found out late
     generators = [model, *(adapters or {})]
+    parents, guessed = small, None
+    if pseudo_labels is not None:
+        origin = {"class_column": label_column, "group_column": labelled.group_column}
+        origin |= {"label_fraction": label_fraction, "label_seed": label_seed}
+        guessed = guessed_images(pseudo_labels, labelled, small, origin)
+        both = [pair for part in (guessed, small) for pair in zip(part.hashes, part.labels, strict=True)]
+        parents = relabelled(labelled, dict(both))
     if not drop_overlap:  # found out again when it is measured, but that is after hours of sampling
         owners = {"generator's training images": generator_hashes(generators)[0], "labelled images": small.hashes}
         refuse_overlap(asked, find_overlap(asked, owners, small))
-    warnings = check_labels(generators, labelled, small, label_fraction, label_seed)
+    teachers = dict.fromkeys([*generators, *(name for name in (pseudo_labels, judge) if name is not None)])
+    warnings = check_labels(list(teachers), labelled, small, label_fraction, label_seed)
     seen = source if train is None else open_images(train)
     warnings += find_uncompared(generators, [*small.hashes, *map(str, seen.hashes())])
+    if guessed is not None and (lacking := sorted(set(classes) - set(guessed.labels))):
+        warnings.append(
+            f"{pseudo_labels} has guessed no image of class {lacking[0]!r}: they are not measured as they are"
+        )
+        guessed = None
     check_dataset_folder(out / "dataset")
 
     counts = candidate_counts(small, classes, ratio, balanced)
-    templates = class_requests(pipe, classes, condition, label_field, prompt, _captions(small))
-    requests = spread_requests(templates, counts, label_column, seed)
+    templates = class_requests(pipe, classes, condition, label_field, prompt, captions_by_class(small))
+    requests = candidate_requests(pipe, templates, counts, label_column, seed, made_by, parents)
     if condition_of(requests[0]) != "class_label" and any(key.startswith("classifier_") for key in sampling or {}):
         warnings.append(f"classifier guidance has no effect: classes are asked for by {condition_of(requests[0])}")
     for warning in warnings:
         logger.warning("%s", warning)
     name = Path(model).name if Path(model).exists() else model
-    synthesize(pipe, requests, out / "candidates", model=name, progress=progress, **(sampling or {}))
+    settings = dict(sampling or {}) | ({} if made_by is None else made_by.arguments())
+    synthesize(pipe, requests, out / "candidates", model=name, progress=progress, **settings)
     selection = select_folder(
         out / "candidates",
         small.images,
@@ -191,12 +227,14 @@ def augment(
         extractor=extractor,
         cache_dir=out / "features" if cache_dir is None else cache_dir,
         group_column=group_column,
+        judge=network,
         baseline=out / "random",
         seed=seed,
         overwrite=True,
         progress=progress,
     )
     pools = {name: open_labelled(str(out / folder), label_column, classes=classes) for name, folder in POOLS.items()}
+    pools |= {} if guessed is None else {GUESSED: guessed}
     _check_kept(pools["selected"], classes, selection)
     write_dataset(small, out / "selected", label_column, out / "dataset", dataset_format)
     utility = measure_utility(
@@ -209,7 +247,7 @@ def augment(
         regimes=regimes,
         folds=folds,
         fold_kind=fold_kind,
-        pairs=[("selected", "random selection"), ("selected", "all candidates")],
+        pairs=PAIRS if guessed is None else [*PAIRS, *((name, GUESSED) for name in ("selected", "all candidates"))],
         classifiers=classifiers,
         generators=generators,
         label_seed=label_seed,
@@ -231,7 +269,10 @@ def augment(
             "adapters": dict(adapters or {}),
             "condition": condition_of(templates[classes[0]]),
             "example": asked_for,
-            "sampling": dict(sampling or {}),
+            "strategy": strategy,
+            "pseudo_labels": pseudo_labels,
+            "judge": judge,
+            "sampling": settings,
             "seeds": [requests[0].seed, requests[-1].seed],
         },
         "candidates": counts,
@@ -245,23 +286,6 @@ def augment(
         with atomic_file(out / file) as partial:
             partial.write_text(text, encoding="utf-8")
     return report
-
-
-def candidate_counts(small: LabelledImages, classes: Sequence[str], ratio: float, balanced: bool) -> dict[str, int]:
-    """Candidates of each class for `ratio` of them for each labelled image; at least one."""
-    own = small.counts()
-    if balanced:
-        return {label: max(1, round(ratio * len(small) / len(classes))) for label in classes}
-    return {label: max(1, round(ratio * own[label])) for label in classes}
-
-
-def _captions(small: LabelledImages) -> dict[str, list[str | None]]:
-    """Captions of the labelled images by class; none where there is no such column."""
-    captions: dict[str, list[str | None]] = {}
-    if "caption" in small.images.column_names:
-        for text, label in zip(small.images.column("caption"), small.labels, strict=True):
-            captions.setdefault(label, []).append(text)
-    return captions
 
 
 def _check_kept(selected: LabelledImages, classes: Sequence[str], selection: Selection) -> None:

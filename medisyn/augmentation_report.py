@@ -31,6 +31,7 @@ def format_augmentation(report: Mapping) -> str:
         f"{report['label_seed']}).",
         f"- Generator: {generator['model']}, asked by {generator['condition']} (such as: {generator['example']}); "
         f"seeds {generator['seeds'][0]} to {generator['seeds'][1]}{'; ' + settings if settings else ''}.",
+        *_origin_lines(generator),
         f"- Augmented set: {dataset['real']} real and {dataset['synthetic']} selected synthetic images "
         f"({dataset['format']}).",
         *(f"- WARNING: {text}." for text in report["warnings"]),
@@ -48,6 +49,18 @@ def format_augmentation(report: Mapping) -> str:
         .replace("(utility.png)", "(utility/utility.png)"),
     ]
     return "\n\n".join(parts)
+
+
+def _origin_lines(generator: Mapping) -> list[str]:
+    """Which real images the candidates were made of, if of any; and what judged them, if not a probe."""
+    lines = []
+    if generator["strategy"] is not None:
+        guessed = generator["pseudo_labels"]
+        whose = "the labelled images" + (f" and of those that {guessed} has guessed" if guessed else "")
+        lines.append(f"- Made by {generator['strategy']} of {whose}: each names its parents in metadata.jsonl.")
+    if generator["judge"] is not None:
+        lines.append(f"- Confidence of the selection: that of the network of {generator['judge']}.")
+    return lines
 
 
 def with_share(utility: Mapping[str, Any], label_fraction: float) -> dict[str, Any]:

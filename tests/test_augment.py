@@ -11,12 +11,14 @@ import datasets
 import pytest
 from typer.testing import CliRunner
 
-from medisyn.augmentation import augment, candidate_counts
+from medisyn.augmentation import augment
+from medisyn.augmentation_candidates import candidate_counts
 from medisyn.augmentation_checks import check_labels, find_uncompared
 from medisyn.augmented_dataset import write_dataset
 from medisyn.cli import app
 from medisyn.data.loading import load_images
 from medisyn.data.subsets import stratified_subset
+from medisyn.evaluation.judge import Judge
 from medisyn.evaluation.utility_classifier import CnnClassifier
 from medisyn.evaluation.utility_inputs import check_classes, choose_labels, open_labelled
 from medisyn.generation.class_requests import class_requests, spread_requests
@@ -24,6 +26,7 @@ from medisyn.generation.provenance import read_provenance
 from medisyn.guidance import attach_classifier
 from medisyn.pipelines.medisyn_latent_classifier import MediSynLatentClassifier
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.tasks.pseudo_labels import keep_pseudo_labels
 from medisyn.training_record import write_training_record
 from tests.components import LABEL_SCHEMA, tiny_components, tiny_pipeline
 from tests.utility import KINDS, write_extractor, write_labelled
@@ -247,6 +250,82 @@ def test_candidates_are_compared_with_all_real_images_and_the_rest_is_warned_of(
     few = write_labelled(tmp_path / "few", 1, 9)
     found = find_uncompared([str(folder)], [*hashes[:20], *open_labelled(few, "finding").hashes])
     assert found == ["the generator has seen 6 images that no candidate is compared with: name them by --train"]
+
+
+def test_candidates_can_be_made_of_the_labelled_images(data, tmp_path):
+    """Each of one of its class, which is asked for beside it; whatever the strategy says, no label is read anew."""
+    options = {"label_fraction": 0.5, "strategy": "sdedit:strength=0.5"}
+    report = run(data, pipe_with_findings(), tmp_path / "out", **options)
+    assert report["generator"]["sampling"]["strength"] == 0.5
+    small = choose_labels(open_labelled(data["real"], "finding"), 0.5)
+    classes = dict(zip(small.hashes, small.labels, strict=True))
+    made = load_images(str(tmp_path / "out" / "candidates"), caption_column=None)
+    assert len(made) == 12 and set(made.column("strength")) == {0.5}
+    for parents, label, labels in zip(*map(made.column, ("parents", "finding", "labels")), strict=True):
+        assert [classes[parent] for parent in parents] == [label] and labels["kind"] == label
+    assert "Made by sdedit:strength=0.5 of the labelled images" in (tmp_path / "out" / "augment.md").read_text()
+    for strategy, message in (
+        ("prior", "has no real images"),
+        ("mixture:neighbours=1", "no image condition"),
+        ("magic", "magic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(data, pipe_with_findings(), tmp_path / "bad", strategy=strategy)
+    with pytest.raises(ValueError, match="images of one class"):
+        run(data, tiny_pipeline(("image",)), tmp_path / "bad", strategy="interpolation:across=true")
+
+
+def test_images_whose_class_was_guessed_are_parents_and_a_pool_of_their_own(data, tmp_path):
+    """By the guess, not by their label; a judge of the same run gives the confidence of the selection."""
+    labelled = open_labelled(data["real"], "finding")
+    small = choose_labels(labelled, 0.5)
+    wrong = {"dark": "bright", "bright": "green", "green": "dark"}
+    truth = dict(zip(labelled.hashes, labelled.labels, strict=True))
+    others = [content for content in labelled.hashes if content not in set(small.hashes)]
+    guesses = {content: wrong[truth[content]] for content in others[:-1]}
+    origin = {"class_column": "finding", "group_column": "group_id", "label_fraction": 0.5, "label_seed": 0}
+    keep_pseudo_labels(tmp_path, origin, guesses)
+    network = CNN.build(3).eval()
+    judge = Judge(CNN, network, tuple((name,) for name in sorted(KINDS)))
+    (tmp_path / "pseudo_labels.safetensors").write_bytes(judge.serialize())
+    options = {"label_fraction": 0.5, "strategy": "sdedit:strength=0.5", "pseudo_labels": str(tmp_path), "ratio": 2.0}
+    options |= {"judge": str(tmp_path), "rules": "confidence:quantile=0.5"}
+    report = run(data, pipe_with_findings(), tmp_path / "out", **options)
+    made = load_images(str(tmp_path / "out" / "candidates"), caption_column=None)
+    parents = {label: set() for label in KINDS}
+    for (parent,), label in zip(made.column("parents"), made.column("finding"), strict=True):
+        parents[label].add(parent)
+    for label, found in parents.items():
+        guessed = found & set(guesses)
+        assert guessed and {guesses[parent] for parent in guessed} == {label}
+        assert {truth[parent] for parent in found - guessed} == {label} and others[-1] not in found
+
+    audit = [json.loads(line) for line in (tmp_path / "out" / "selected" / "selection.jsonl").read_text().splitlines()]
+    given = judge.probabilities(made)[range(len(made)), [sorted(KINDS).index(name) for name in made.column("finding")]]
+    assert [record["scores"]["confidence"] for record in audit] == pytest.approx(given, abs=1e-5)
+    results = report["utility"]["results"]
+    assert [row["strategy"] for row in results][-1] == "guessed images"
+    assert set(results[-2]["against"]) == {"random selection", "all candidates", "guessed images"}
+    text = (tmp_path / "out" / "augment.md").read_text()
+    assert f"those that {tmp_path} has guessed" in text and f"the network of {tmp_path}" in text
+
+    few = {content: label for content, label in guesses.items() if label != "green"}
+    keep_pseudo_labels(tmp_path, origin, few)
+    report = run(data, pipe_with_findings(), tmp_path / "few", **options | {"rules": "random:2", "judge": None})
+    assert "has guessed no image of class 'green'" in report["warnings"][-1]
+    assert [row["strategy"] for row in report["utility"]["results"]][-1] == "selected"
+
+    for changes, message in (
+        ({"label_fraction": 0.75}, "label_fraction 0.5, not 0.75"),
+        ({"pseudo_labels": str(tmp_path / "no")}, "a finished run of the task latent_classifier"),
+        ({"judge": str(tmp_path / "no")}, "a finished run of the task latent_classifier"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(data, pipe_with_findings(), tmp_path / "bad", **options | changes)
+    (tmp_path / "pseudo_labels.safetensors").write_bytes(b"half of one")
+    with pytest.raises(ValueError, match="no network that judges images, or is damaged"):
+        run(data, pipe_with_findings(), tmp_path / "bad", **options)
+    assert not (tmp_path / "bad").exists()
 
 
 def test_the_report_begins_with_what_the_selection_is_worth(data, tmp_path):

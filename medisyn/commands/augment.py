@@ -27,7 +27,7 @@ from .arguments import (
     parse_adapters,
     parse_guidance,
 )
-from .select import RULES
+from .select import RULES, JudgeOption
 from .utility import (
     CNN,
     CNN_RESOLUTION,
@@ -75,6 +75,17 @@ def augment(
     prompt: Annotated[str | None, typer.Option(help='"brain MRI showing {label}"; captions of the images.')] = None,
     ratio: Annotated[float, typer.Option(help="Candidates for each labelled image.")] = 10.0,
     balanced: Annotated[bool, typer.Option("--balanced", help="As many candidates of each class.")] = False,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STRATEGY", help="Candidates are made of real images of their class: sdedit:strength=0.6."
+        ),
+    ] = None,
+    pseudo_labels: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Run of a classifier whose guesses make images without a label parents too."),
+    ] = None,
+    judge: JudgeOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     classifier_guidance: Annotated[
@@ -120,6 +131,7 @@ def augment(
     """
     check_names(label_column=label_column, group_column=group_column, model=model, out=out, cache=cache, rules=rules)
     check_names(condition=condition, label_field=label_field, prompt=prompt, extractor=extractor, scheduler=scheduler)
+    check_names(strategy=strategy, pseudo_labels=pseudo_labels, judge=judge)
     for name, given in (("real", real), ("test", test), ("train", train)):
         for source in given or ():
             check_names(**{name: source})
@@ -160,6 +172,9 @@ def augment(
         prompt=prompt,
         ratio=ratio,
         balanced=balanced,
+        strategy=strategy,
+        pseudo_labels=pseudo_labels,
+        judge=judge,
         sampling={name: value for name, value in sampling.items() if value is not None},
         rules=rules,
         extractor=extractor,

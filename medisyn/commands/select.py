@@ -15,6 +15,11 @@ from .arguments import check_names
 # The default of `medisyn.generation.selection`, which imports torch.
 RULES = "confidence:quantile=0.5,duplicates:0.95"
 
+JudgeOption = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Run of a classifier with pseudo-labels: its network judges the confidence."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -49,6 +54,7 @@ def select(
     group_column: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Patient column of --real; without it, group_id if there.")
     ] = None,
+    judge: JudgeOption = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="DIR", help="Also write a random selection of the same size.")
     ] = None,
@@ -73,7 +79,9 @@ def select(
         for source in sources or ():
             check_names(**{name: source})
     conditions = _conditions(where or [])
+    check_names(judge=judge)
     from ..generation.selected_folder import select_folder
+    from ..tasks.pseudo_labels import guessing_judge
 
     quiet_progress_bars()
     selection = select_folder(
@@ -89,6 +97,7 @@ def select(
         extractor=extractor,
         cache_dir=cache,
         group_column=group_column,
+        judge=None if judge is None else guessing_judge(judge),
         link=link,
         baseline=baseline,
         seed=seed,

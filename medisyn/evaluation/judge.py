@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 
 from ..data.loading import ImageDataset
 from ..generation.provenance import atomic_file
@@ -36,6 +36,7 @@ from .inputs import nested_values
 from .utility_classifier import CNN_OPTIONS, CnnClassifier, Part
 
 BATCH = 64  # images whose features are taken at once
+METADATA = "judge"  # key of a file's
 VERSION = 1  # of the training; another one makes kept networks be trained anew
 
 
@@ -79,6 +80,16 @@ class Judge:
     def restrict(self, inputs: np.ndarray, labels: Sequence[str]) -> Restricted:
         """For `label_agreement`: nothing is fitted, the classes of `labels` are those that can be said."""
         return Restricted(self, np.unique(np.asarray(labels)))
+
+    def probabilities(self, images: ImageDataset) -> np.ndarray:
+        """Of the innermost classes (N, K)."""
+        return self.cnn.predict(self.network, self.cnn.inputs(images))
+
+    def serialize(self, **metadata: str) -> bytes:
+        """The content of a safetensors file that `read_judge` reads; further `metadata` goes into it."""
+        facts = {"model": self.cnn.model, "resolution": self.cnn.resolution, "classes": self.classes}
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        return save(weights, {METADATA: json.dumps(facts), **metadata})
 
     @torch.no_grad()
     def features(self, inputs: np.ndarray) -> np.ndarray:
@@ -139,8 +150,26 @@ def train_judge(
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as partial:
-                save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
+                partial.write_bytes(Judge(cnn, network, tuple(classes)).serialize())
     return Judge(cnn, network, tuple(classes))
+
+
+def read_judge(file: Path, device: str | torch.device = "cpu") -> Judge:
+    """A network from a safetensors file that `Judge.serialize` made.
+
+    Raises:
+        ValueError: The file is none, or is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as kept:
+            facts = json.loads((kept.metadata() or {})[METADATA])
+            weights = {name: kept.get_tensor(name) for name in kept.keys()}
+        cnn = CnnClassifier(model=facts["model"], resolution=facts["resolution"], device=str(device))
+        network = cnn.build(len(facts["classes"]))
+        network.load_state_dict(weights)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{file} is no network that judges images, or is damaged: train it again") from None
+    return Judge(cnn, network.eval(), tuple(tuple(path) for path in facts["classes"]))
 
 
 def _kept(cnn: CnnClassifier, number_of_classes: int, file: Path) -> torch.nn.Module | None:

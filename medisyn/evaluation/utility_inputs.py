@@ -38,18 +38,23 @@ class LabelledImages:
         images: The images.
         labels: Class of each.
         groups: Patient of each; an image without one stands for itself.
-        has_groups: Whether the patients are known.
+        group_column: Column of the patients; None: they are not known.
         found: Images of each class in the column, those of classes that were not asked for too.
     """
 
     images: ImageDataset
     labels: tuple[str, ...]
     groups: tuple[Hashable, ...]
-    has_groups: bool
+    group_column: str | None
     found: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the patients are known."""
+        return self.group_column is not None
 
     @cached_property
     def hashes(self) -> list[str]:
@@ -115,7 +120,7 @@ def open_labelled(
     column = group_column or (GROUP_COLUMN if GROUP_COLUMN in images.column_names else None)
     groups: list[Hashable] = [None] * len(rows) if column is None else images.column(column)
     named = [f"image {row}" if group in (None, "") else ("group", str(group)) for row, group in enumerate(groups)]
-    return LabelledImages(images, tuple(labels), tuple(named), column is not None, counts)
+    return LabelledImages(images, tuple(labels), tuple(named), column, counts)
 
 
 def _listed(counts: Mapping[str, int]) -> str:

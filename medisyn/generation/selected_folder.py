@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -32,6 +32,9 @@ from .selection import DEFAULT_RULES, WARN_BELOW, Selection, select
 from .selection_parsing import Rules, parse_rules
 from .selection_rules import check_real_images
 from .selection_search import check_search
+
+if TYPE_CHECKING:
+    from ..evaluation.judge import Judge
 
 AUDIT = "selection.jsonl"
 REPORT = "selection.json"
@@ -52,6 +55,7 @@ def select_folder(
     extractor: str = "inception",
     cache_dir: str | Path | None = None,
     group_column: str | None = None,
+    judge: "Judge | None" = None,
     link: str = "copy",
     baseline: str | Path | None = None,
     seed: int = 0,
@@ -75,6 +79,7 @@ def select_folder(
         extractor: One of `medisyn.evaluation.EXTRACTORS`.
         cache_dir: Folder that keeps features, so that an interrupted or changed selection takes them from there.
         group_column: Patient column of the real images; None is `group_id`, used where they have it.
+        judge: What `confidence` asks in place of a classifier on the features of the real images.
         link: How images get to `out`: "copy", "hardlink" or "symlink" (relative).
         baseline: A second folder, for a random selection with as many images of each class.
         seed: Of random draws.
@@ -112,7 +117,7 @@ def select_folder(
     if missing:
         known = ", ".join(sorted(set(real_labels)))
         raise ValueError(f"no real image has the class {missing[0]!r}; classes of the real images: {known}")
-    check_real_images(chain, labels, real_labels)  # before the features, which take the time
+    check_real_images(chain, labels, real_labels, judge is not None)  # before the features, which take the time
     features_of = load_extractor(extractor)
     features_of.resolution = min(images.image(0).size)
     sets, counts = _sets(images, real_images, train, held_out)
@@ -128,6 +133,8 @@ def select_folder(
         real_groups=groups["real"],
         train_groups=groups.get("train"),
         held_out_features=vectors.get("held_out"),
+        probabilities=None if judge is None else judge.probabilities(images),
+        classes=None if judge is None else [path[-1] for path in judge.classes],
         names=[line["file_name"] for line in lines],
         seed=seed,
         warn_below=warn_below,
@@ -153,6 +160,7 @@ def select_folder(
             "resolution": features_of.resolution,
         },
     }
+    facts |= {} if judge is None else {"judge": judge.describe()}
     chosen = [lines[index] for index in selection.kept]
     _write(out, Path(folder), chosen, facts | {"kind": "selection"} | selection.report, selection, link, overwrite)
     if baseline is not None:

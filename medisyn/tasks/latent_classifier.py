@@ -49,7 +49,7 @@ from medisyn.tasks.base import (
 )
 from medisyn.tasks.calibration import calibration_scores, fit_temperature, require_torchmetrics
 from medisyn.tasks.labelled_rows import LEAST_HELD_OUT, UNLABELLED, held_out_rows, label_record, rows_apart_from
-from medisyn.tasks.pseudo_labels import by_hash, keep_pseudo_labels, pseudo_label
+from medisyn.tasks.pseudo_labels import NETWORK, by_hash, keep_pseudo_labels, pseudo_label
 from medisyn.training_record import find_training_record, merge_training_records, write_training_record
 
 logger = logging.getLogger(__name__)
@@ -152,12 +152,12 @@ class LatentClassifierTask(TrainingTask):
         found, judged = pseudo_label(
             pool,
             known,
-            len(self.classes),
+            self.classes,
             options,
             self.config.train.seed,
             others=others,
             device=self.pipe.device,
-            file=Path(self.config.output_dir) / "pseudo_labels.safetensors",
+            file=Path(self.config.output_dir) / NETWORK,
         )
         classes = np.where(known != UNLABELLED, known, found.argmax(axis=1))
         taken = np.flatnonzero((known != UNLABELLED) | (found.max(axis=1) >= options.threshold))

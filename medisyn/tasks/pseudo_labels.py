@@ -6,10 +6,10 @@
   used in the end is a moving average of the weights.
 - On pixels, since the changes that leave a class as it is are known there; of latents only noise and mirror images
   are. Noise alone gives no new labels: a latent classifier is no surer of an image with little noise than with much.
+- The classes that are sure stay in the run folder, by the hashes of the images, for whoever trains on the same data;
+  so does the network, which can judge generated images (`guessing_judge`).
 
-- The classes that are sure stay in the run folder, by the hashes of the images, for whoever trains on the same data.
-
-    probabilities, _ = pseudo_label(images, known, 3, PseudoLabelsConfig(), seed=0)  # (N, 3)
+    probabilities, _ = pseudo_label(images, known, "abc", PseudoLabelsConfig(), seed=0)  # (N, 3)
 """
 
 import copy
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from medisyn.config_parts import PseudoLabelsConfig
 from medisyn.data.loading import ImageDataset
 from medisyn.data.storage import digest, write_atomically
+from medisyn.evaluation.judge import Judge, read_judge
 from medisyn.evaluation.utility_classifier import CnnClassifier, augment
 from medisyn.tasks.labelled_rows import UNLABELLED
 
@@ -40,14 +40,14 @@ LABELLED, UNLABELLED_RATIO = 32, 2  # images of a step with a label, and how man
 AVERAGING = 0.995  # of the weights
 ALIGNMENT = 0.99  # of the mean belief
 CUTOUT = 0.22  # half of the side of the square that is blanked, as a share of the image's
-FILE = "pseudo_labels.json"
+FILE, NETWORK = "pseudo_labels.json", "pseudo_labels.safetensors"  # of a run: the classes, and what guessed them
 LABEL_KEYS = ("class_column", "group_column", "label_fraction", "label_seed")  # of what the guesses come from
 
 
 def pseudo_label(
     images: ImageDataset,
     known: np.ndarray,
-    number_of_classes: int,
+    classes: Sequence[str],
     options: PseudoLabelsConfig,
     seed: int,
     others: ImageDataset | None = None,
@@ -59,7 +59,7 @@ def pseudo_label(
     Args:
         images: all of one of the classes; mirrored in training only if all of them may be.
         known: class of each, (N,) int; `UNLABELLED` where it is not known.
-        number_of_classes: K.
+        classes: names of the K classes, in order.
         options: see there.
         seed: of weights, order and changes.
         others: images to judge the network by.
@@ -72,21 +72,21 @@ def pseudo_label(
         horizontal_flip=bool(images.config.horizontal_flip and images.may_flip().all()),
         device=str(device),
     )
-    network = cnn.build(number_of_classes)
+    network = cnn.build(len(classes))
     constants = (LABELLED, UNLABELLED_RATIO, AVERAGING, ALIGNMENT, CUTOUT)
-    facts = f"{options} {cnn.describe()} {constants} {seed} {number_of_classes} {known.tolist()} {images.hashes()}"
+    facts = f"{options} {cnn.describe()} {constants} {seed} {list(classes)} {known.tolist()} {images.hashes()}"
     key = digest(facts.encode())
     inputs = cnn.inputs(images)
     if file is None or not _read(network, file, key):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = _train(cnn, inputs, torch.from_numpy(known), number_of_classes, options, seed)
+            network = _train(cnn, inputs, torch.from_numpy(known), len(classes), options, seed)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-            write_atomically(file, save(weights, metadata={"key": key}))
+            judge = Judge(cnn, network, tuple((name,) for name in classes))
+            write_atomically(file, judge.serialize(key=key))
     network.eval()
-    judged = np.zeros((0, number_of_classes), dtype=np.float32)
+    judged = np.zeros((0, len(classes)), dtype=np.float32)
     return cnn.predict(network, inputs), judged if others is None else cnn.predict(network, cnn.inputs(others))
 
 
@@ -116,7 +116,7 @@ def with_pseudo_labels(
     Args:
         row_classes: see `labelled_rows`; a known class stays.
         images: N.
-        name: of a latent classifier that was trained with `task.pseudo_labels`: its run folder, or a part of it.
+        name: of a latent classifier's run, see `read_pseudo_labels`.
         classes: in order.
         options: of the task, which say what labels may be known (`LABEL_KEYS`).
 
@@ -124,23 +124,9 @@ def with_pseudo_labels(
         FileNotFoundError: the run keeps no such classes.
         ValueError: they come from other labels, or are of other images or classes; or the file is damaged.
     """
-    file = Path(name).expanduser() / FILE
-    if not file.is_file() and file.parent.name in ("classifier", "pipeline"):  # a part of a run, unless the run's name
-        file = file.parent.parent / FILE
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"no {Path(name) / FILE}: a finished run of the task latent_classifier writes it, with "
-            "task.pseudo_labels; name such a run as task.classifier"
-        )
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        guessed, origin = dict(kept["images"]), {key: kept[key] for key in LABEL_KEYS}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged: train the classifier again") from None
-    for key, value in origin.items():
-        own = getattr(options, key, images.config.group_column)  # the one key that is not the task's
-        if value != own:
-            raise ValueError(f"{file} was guessed from labels with {key} {value!r}, not {own!r}")
+    # the patients' column is the one key that is not the task's
+    guessed = read_pseudo_labels(name, {key: getattr(options, key, images.config.group_column) for key in LABEL_KEYS})
+    file = _kept(name, FILE)
     if foreign := sorted(set(guessed.values()) - set(classes)):
         raise ValueError(f"{file} has the class {foreign[0]!r}, which the classifier has not: {', '.join(classes)}")
     place = {label: index for index, label in enumerate(classes)}
@@ -154,6 +140,56 @@ def with_pseudo_labels(
     rest = (completed == UNLABELLED).sum()
     logger.info("pseudo-labels: of %d images, and %d have no class", (found != UNLABELLED).sum(), rest)
     return completed
+
+
+def read_pseudo_labels(name: str, labels: Mapping[str, Any]) -> dict[str, str]:
+    """The classes that a latent classifier's run has guessed, by the images' content hashes.
+
+    Args:
+        name: of a latent classifier that was trained with `task.pseudo_labels`: its run folder, or a part of it.
+        labels: what they must be guessed from (`LABEL_KEYS`).
+
+    Raises:
+        FileNotFoundError: the run keeps no such classes.
+        ValueError: they come from other labels, or the file is damaged.
+    """
+    file = _kept(name, FILE)
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        guessed, origin = dict(kept["images"]), {key: kept[key] for key in LABEL_KEYS}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: train the classifier again") from None
+    for key, value in origin.items():
+        if value != labels[key]:
+            raise ValueError(f"{file} was guessed from labels with {key} {value!r}, not {labels[key]!r}")
+    return guessed
+
+
+def guessing_judge(name: str, device: str | torch.device = "cpu") -> Judge:
+    """The network that has guessed the classes of a latent classifier's run.
+
+    Args:
+        name: see `read_pseudo_labels`.
+        device: where it judges.
+
+    Raises:
+        FileNotFoundError: the run has no such network.
+        ValueError: its file is damaged.
+    """
+    return read_judge(_kept(name, NETWORK), device)
+
+
+def _kept(name: str, file_name: str) -> Path:
+    """A file that a run with pseudo-labels leaves."""
+    file = Path(name).expanduser() / file_name
+    if not file.is_file() and file.parent.name in ("classifier", "pipeline"):  # a part of a run, unless the run's name
+        file = file.parent.parent / file_name
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no {Path(name) / file_name}: a finished run of the task latent_classifier writes it, with "
+            "task.pseudo_labels; name such a run as task.classifier"
+        )
+    return file
 
 
 def _read(network: nn.Module, file: Path, key: str) -> bool:
