@@ -98,8 +98,17 @@ def test_models_with_labels_and_adapters_are_compared_on_one_page(script, folder
     assert drawn.column("finding") == ["nodule"] * 25 + ["normal"] * 25
     first = folder / "labels" / "images" / "student" / "00000_nodule.png"
     before = first.stat().st_mtime_ns
-    compare(script, folder, "labels", model=models, teacher=str(folder / "teacher"))
+    options = {"cnn": "test_resnet", "cnn_steps": 40, "cnn_resolution": 32}
+    again = compare(script, folder, "labels", model=models, teacher=str(folder / "teacher"), **options)
     assert first.stat().st_mtime_ns == before  # what is drawn stays
+    # the second judge tells real images apart as well, and has numbers of its own beside the first one's
+    judged = again["judge"]
+    assert judged["classifier"]["model"] == "test_resnet" and judged["real"]["agreement"] > 0.9
+    for name, way in judged["ways"].items():
+        assert 0 <= way["agreement"] <= 1 and set(way["frechet_distance"]) == set(CLASSES)
+        assert again["ways"][name]["agreement"] == found["ways"][name]["agreement"]
+    text = (folder / "labels" / "comparison.md").read_text()
+    assert "By test_resnet, 40 steps" in text and text.count("| LoRA, guidance 2 |") == 3
 
 
 def test_a_student_is_compared_with_a_tuned_decoder_as_well(script, folder):

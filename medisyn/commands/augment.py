@@ -27,7 +27,7 @@ from .arguments import (
     parse_adapters,
     parse_guidance,
 )
-from .select import RULES, JudgeOption
+from .select import RULES, JudgeRunOption
 from .utility import (
     CNN,
     CNN_RESOLUTION,
@@ -85,7 +85,7 @@ def augment(
         str | None,
         typer.Option(metavar="RUN", help="Run of a classifier whose guesses make images without a label parents too."),
     ] = None,
-    judge: JudgeOption = None,
+    judge: JudgeRunOption = None,
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     classifier_guidance: Annotated[

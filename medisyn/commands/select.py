@@ -15,7 +15,7 @@ from .arguments import check_names
 # The default of `medisyn.generation.selection`, which imports torch.
 RULES = "confidence:quantile=0.5,duplicates:0.95"
 
-JudgeOption = Annotated[
+JudgeRunOption = Annotated[
     str | None,
     typer.Option(metavar="RUN", help="Run of a classifier with pseudo-labels: its network judges the confidence."),
 ]
@@ -54,7 +54,7 @@ def select(
     group_column: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Patient column of --real; without it, group_id if there.")
     ] = None,
-    judge: JudgeOption = None,
+    judge: JudgeRunOption = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="DIR", help="Also write a random selection of the same size.")
     ] = None,

@@ -4,6 +4,8 @@ r"""One page that compares the ways from an unconditional model to a conditional
   label: the guided student, plain fine-tuning (all weights, LoRA), a model from scratch.
 - The judge is a classifier on features of an independent network, fitted on all real training images, most of which
   no model had the label of. Agreement on real validation images is the ceiling.
+- `--cnn resnet10t` adds a second judge, a small CNN that has learnt the classes from all real training images: the
+  features of a network of photographs see texture first (`medisyn.evaluation.judge`).
 - Fréchet distances are those of each class to all its real training images, beside one half of those against the
   other. Diversity is the mean cosine distance between two images of a class. Near copies are images whose cosine
   similarity to a labelled training image is above 0.95.
@@ -25,33 +27,38 @@ r"""One page that compares the ways from an unconditional model to a conditional
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from comparison_page import draw_sheet, mean, page
+from comparison_measures import NEAR_COPY, measure, measure_by_cnn
+from comparison_page import draw_sheet, page
 from labelled_subset import parse_where
 from tqdm import tqdm
 
 from medisyn import load_pipeline
 from medisyn.backbone import model_hash
+from medisyn.commands.utility import (
+    JUDGE_RESOLUTION,
+    JUDGE_STEPS,
+    JudgeOption,
+    JudgeResolutionOption,
+    JudgeStepsOption,
+    make_judge,
+)
 from medisyn.config import DataConfig, load_config
 from medisyn.console import one_line_errors
 from medisyn.data.loading import ImageDataset, load_images
-from medisyn.evaluation import extract_features, fidelity_by_value, label_agreement, load_extractor
-from medisyn.evaluation.agreement import LabelledFeatures
-from medisyn.evaluation.fidelity import nearest_training_distance
+from medisyn.evaluation import extract_features, load_extractor
 from medisyn.generation.output_folder import OutputFolder
 from medisyn.generation.provenance import adapter_hash
 from medisyn.lora import fuse_adapters
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.prompts import choose
 
-NEAR_COPY = 0.95  # cosine similarity
 TIMED_BATCHES = 3
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -123,6 +130,9 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     seed: int = 0,
     clock: Annotated[str, typer.Option(help=" or ".join(CLOCKS))] = "wall",
+    cnn: JudgeOption = None,
+    cnn_steps: JudgeStepsOption = JUDGE_STEPS,
+    cnn_resolution: JudgeResolutionOption = JUDGE_RESOLUTION,
 ) -> None:
     """Draw, measure and write the page into OUT."""
     choose("clock", clock, CLOCKS)
@@ -132,6 +142,7 @@ def compare(
     ways += [parse_model(text) for text in model or []]
     if not ways:
         raise typer.BadParameter("nothing to compare: give --model, or --classifier with --scale")
+    second = make_judge(cnn, cnn_steps, cnn_resolution)
     options = {"caption_column": None, "filter": parse_where(where or [])}
     real = {
         "training": load_images(DataConfig(source=train, **options)),
@@ -156,6 +167,10 @@ def compare(
     sets = real | drawn | ({} if labelled is None else {"labelled": load_images(labelled, caption_column=None)})
     features = {name: extract_features(network, images, out / "features") for name, images in sets.items()}
     scores = measure(sets, features, list(drawn), classes, class_column, group_column)
+    if second is not None:
+        second = replace(second, resolution=min(second.resolution, size))
+        facts_of_judge, by_cnn = measure_by_cnn(second, sets, list(drawn), classes, class_column, group_column, out)
+        scores["judge"] = {"classifier": facts_of_judge, **by_cnn}
     for name, cost in costs.items():
         scores["ways"][name] |= cost
     facts = {
@@ -231,62 +246,6 @@ def draw(
     return load_images(str(folder), caption_column=None)
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    sets: Mapping[str, ImageDataset],
-    features: Mapping[str, np.ndarray],
-    drawn: Sequence[str],
-    classes: Sequence[str],
-    class_column: str,
-    group_column: str | None,
-) -> dict[str, Any]:
-    """All scores of the drawn sets and, under "real", those of real images; see the module."""
-    field = class_column.rpartition(".")[2]
-    columns = {name: class_column if name in ("training", "real", "labelled") else field for name in sets}
-    labels = {name: [str(value) for value in images.column(columns[name])] for name, images in sets.items()}
-    groups = {name: sets[name].column(group_column) if group_column else None for name in ("training", "real")}
-    training = LabelledFeatures(features["training"], labels["training"], groups=groups["training"])
-    asked = {
-        name: LabelledFeatures(features[name], labels[name], groups=groups.get(name)) for name in ("real", *drawn)
-    }
-    agreement = label_agreement(training, asked)
-    result: dict[str, Any] = {"chance": agreement["chance"], "ways": {}}
-    result["real"] = {
-        **_agreement(agreement["real"]),
-        "diversity": diversity(features["training"], labels["training"]),
-    }
-    for name in drawn:
-        ours = {**_agreement(agreement[name]), "diversity": diversity(features[name], labels[name])}
-        distances = fidelity_by_value(
-            features["training"], features[name], labels["training"], labels[name], groups["training"]
-        )
-        known = {value: found for value, found in distances.items() if "omitted" not in found}
-        ours["frechet_distance"] = {value: found["frechet_distance"]["synthetic"] for value, found in known.items()}
-        ours["recall"] = mean(found["recall"]["synthetic"] for found in known.values())
-        result["real"]["frechet_distance"] = {v: found["frechet_distance"]["real"] for v, found in known.items()}
-        result["real"]["recall"] = mean(found["recall"]["real"] for found in known.values())
-        for kind, others in (("labelled", features.get("labelled")), ("training", features["training"])):
-            if others is not None:
-                near = 1 - nearest_training_distance(features[name], others) > NEAR_COPY
-                ours[f"near_copies_of_{kind}"] = float(near.mean())
-        result["ways"][name] = ours
-    return result
-
-
-def diversity(features: np.ndarray, labels: Sequence[str]) -> float:
-    """Mean cosine distance, in [0, 2], between two images of a class; mean over classes of two images or more."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    found = []
-    for value in sorted(set(labels)):
-        part = unit[[label == value for label in labels]]
-        if len(part) > 1:
-            total = np.square(part.sum(0, dtype=np.float64)).sum() - len(part)  # of all pairs' similarities, twice
-            found.append(1 - total / (len(part) * (len(part) - 1)))
-    return float(np.mean(found))
-
-
 def seconds_per_image(
     pipe: MediSynPipeline, way: Way, name: str, field: str, steps: int, batch_size: int, clock: str
 ) -> float:
@@ -323,14 +282,6 @@ def _minutes(run: Path) -> float:
             seconds += max(0, entry["step"] - before) * batch_size / entry["images_per_second"]
             before = entry["step"]
     return seconds / 60
-
-
-def _agreement(scores: Mapping[str, Any]) -> dict[str, Any]:
-    if "omitted" in scores:
-        raise typer.BadParameter(f"agreement cannot be measured: {scores['omitted']}")
-    recalls = {value: found["recall"] for value, found in scores["per_class"].items()}
-    interval = scores["balanced_accuracy_interval"]
-    return {"agreement": scores["balanced_accuracy"], "agreement_interval": interval, "agreement_per_class": recalls}
 
 
 if __name__ == "__main__":

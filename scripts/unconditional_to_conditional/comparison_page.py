@@ -57,8 +57,27 @@ def page(facts: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
             for value in classes
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += _by_cnn(scores["judge"]) if "judge" in scores else []
     lines += ["", "![Real images and those of each model](comparison.png)", ""]
     return "\n".join(lines)
+
+
+def _by_cnn(scores: Mapping[str, Any]) -> list[str]:
+    """The table of the second judge."""
+    cnn, real = scores["classifier"], scores["real"]
+    head = f"By {cnn['model']}, {cnn['steps']} steps on all real training images at {cnn['resolution']} px:"
+    lines = [
+        "",
+        head,
+        "",
+        "| model | agreement | of real | Fréchet distance | diversity | recall |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, way in {"real images": real, **scores["ways"]}.items():
+        share, distance = way["agreement"] / real["agreement"], mean(way["frechet_distance"].values())
+        cells = [_with_interval(way), f"{share:.2f}", _number(distance, 1), f"{way['diversity']:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_number(way['recall'])} |")
+    return lines
 
 
 def _with_interval(scores: Mapping[str, Any]) -> str:
