@@ -70,12 +70,14 @@ class Ability:
         schema: Its label schema as plain data.
         examples: (short name, prompt).
         weight: Of the adapter, until the visitor changes it.
+        guidance: Likewise; None: the pipeline's own.
     """
 
     kinds: tuple[str, ...]
     schema: Mapping[str, Any] | None
     examples: tuple[tuple[str, str], ...]
     weight: float = 1.0
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ class Studio:
         known = _fields(base.schema)
         fields = {code: entry for code, entry in _fields(schema).items() if code not in known}
         captions = tuple((caption, caption) for caption in manifest.get("captions", ())) if "text" in kinds else ()
-        self.abilities[name] = Ability(kinds, schema, captions or base.examples, weight)
+        guidance = 1.0 if manifest.get("built_in_guidance") else None
+        self.abilities[name] = Ability(kinds, schema, captions or base.examples, weight, guidance)
         self.groups += label_groups({"fields": fields}, name)
         self._sources[name] = source
 

@@ -197,6 +197,7 @@ def build_page(studio: Studio) -> gr.Blocks:
         if examples is not None:
             examples.click(lambda sample: sample[0], examples, controls["prompt"], **quick)
         if adapters:
+            own_guidance = any(ability.guidance is not None for ability in abilities.values())
 
             def choose(name: str) -> Sequence[Any]:
                 ability = abilities[_adapter_name(name)]
@@ -205,13 +206,21 @@ def build_page(studio: Studio) -> gr.Blocks:
                     gr.Slider(value=ability.weight, visible=is_chosen),
                     gr.Checkbox(visible=is_chosen),
                 ]
+                if own_guidance:
+                    default = studio.default("guidance_scale")
+                    updates.append(gr.Slider(value=default if ability.guidance is None else ability.guidance))
                 updates += [gr.Column(visible=owner == name) for owner, _ in label_boxes]
                 if examples is not None:
                     samples = [[prompt] for _, prompt in ability.examples]
                     updates.append(gr.Dataset(samples=samples, sample_labels=[label for label, _ in ability.examples]))
                 return updates
 
-            changed: list[Any] = [weight, compare, *(box for _, box in label_boxes)]
+            changed: list[Any] = [
+                weight,
+                compare,
+                *([controls["guidance"]] if own_guidance else []),
+                *(box for _, box in label_boxes),
+            ]
             changed += [] if examples is None else [examples]
             controls["adapter"].change(choose, controls["adapter"], changed, **quick)
     return page

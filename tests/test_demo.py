@@ -5,6 +5,7 @@ The page itself is driven by `tests/test_demo_browser.py`.
     python -m pytest tests/test_demo.py
 """
 
+import json
 import socket
 import sys
 from dataclasses import replace
@@ -153,7 +154,16 @@ def test_an_adapter_shows_its_labels_captions_and_weight(studio_with_adapter):
     assert [(control.code, control.title) for control in group.controls] == [("grade", "Knee grade")]
     ability = studio_with_adapter.abilities["knee"]
     assert (ability.examples, ability.weight) == ((("knee X-ray", "knee X-ray"),), 0.5)
+    assert ability.guidance is None
     assert set(studio_with_adapter.abilities[None].schema["fields"]) == set(LABEL_SCHEMA["fields"])
+
+
+def test_an_adapter_that_has_learnt_guidance_begins_without_it(tmp_path):
+    folder = write_adapter(tmp_path / "quick")
+    manifest = json.loads((tmp_path / "quick" / "adapter.json").read_text())
+    (tmp_path / "quick" / "adapter.json").write_text(json.dumps(manifest | {"built_in_guidance": 4.0}))
+    studio = Studio(tiny_pipeline(("text", "labels")), "tiny", {folder: 1.0}, tmp_path / "images")
+    assert studio.abilities["quick"].guidance == 1.0 and studio.abilities[None].guidance is None
 
 
 def test_with_and_without_an_adapter_are_the_same_seeds(studio, studio_with_adapter):
