@@ -33,7 +33,7 @@ from .augmentation_candidates import (
     guessed_images,
     relabelled,
 )
-from .augmentation_checks import check_labels, find_uncompared
+from .augmentation_checks import check_labels, find_uncompared, keep_strangers
 from .augmentation_report import format_augmentation, with_share
 from .augmented_dataset import FORMATS, check_dataset_folder, write_dataset
 from .evaluation.features import load_extractor
@@ -46,10 +46,9 @@ from .evaluation.utility_inputs import (
     check_classes,
     check_test_classes,
     choose_labels,
-    find_overlap,
+    filter_images,
     generator_hashes,
     open_labelled,
-    refuse_overlap,
 )
 from .evaluation.utility_report import write_utility
 from .generation.class_requests import class_requests, condition_of
@@ -58,6 +57,7 @@ from .generation.provenance import atomic_file
 from .generation.selected_folder import select_folder
 from .generation.selection import DEFAULT_RULES, Selection
 from .generation.selection_parsing import Rules, parse_rules
+from .generation.selection_rules import check_real_images
 from .generation.synthesize import synthesize
 from .prompts import choose
 from .tasks.pseudo_labels import guessing_judge
@@ -133,8 +133,8 @@ def augment(
         balanced: As many candidates of each class, in place of the proportions of the labelled images.
         strategy: How candidates are made of real images of their class (`medisyn.generation.strategies`), such as
             "sdedit:strength=0.6"; None: of none.
-        pseudo_labels: Run of a latent classifier. The images whose class it has guessed are parents as well, and are
-            measured as they are, as one more pool: what they are worth without synthesis.
+        pseudo_labels: Run of a latent classifier. The images whose class it has guessed are parents of the strategy as
+            well, and are measured as they are, as one more pool: what they are worth without synthesis.
         judge: Run of a latent classifier with pseudo-labels: its network gives the confidence of the selection, in
             place of a probe of the labelled images.
         sampling: Further arguments of `synthesize`, such as `num_inference_steps`.
@@ -169,13 +169,12 @@ def augment(
     check_writable(out)
     choose("dataset_format", dataset_format, FORMATS)
     check_settings((label_fraction,), (None,), regimes, folds, fold_kind, True, synthetic_share)
-    parse_rules(rules)
+    chain = parse_rules(rules)
     if not 0 < label_fraction <= 1:
         raise ValueError(f"label_fraction must be above 0 and at most 1, not {label_fraction:g}")
     if not 0 < ratio <= 1000:
         raise ValueError(f"ratio of candidates to labelled images must be above 0 and at most 1000, not {ratio:g}")
     made_by = None if strategy is None else check_strategy(pipe, strategy)
-    network = None if judge is None else guessing_judge(judge, pipe.device)
     load_extractor(extractor, pipe)  # a missing weights file must not cost an hour
     options: dict[str, Any] = {"group_column": group_column, "filter": filter}
     source = open_images(real, [label_column])
@@ -186,30 +185,38 @@ def augment(
     check_test_classes(asked, classes)
     make_folds(small, asked, 1.0, folds, fold_kind, label_seed, seed)  # too few patients must not be found out late
     generators = [model, *(adapters or {})]
+    origin: dict[str, Any] = {"class_column": label_column, "group_column": labelled.group_column}
+    origin |= {"label_fraction": label_fraction, "label_seed": label_seed}
+    network = None if judge is None else guessing_judge(judge, classes, origin, pipe.device)
+    check_real_images(chain, classes, small.labels, network is not None)
     parents, guessed = small, None
     if pseudo_labels is not None:
-        origin = {"class_column": label_column, "group_column": labelled.group_column}
-        origin |= {"label_fraction": label_fraction, "label_seed": label_seed}
-        guessed = guessed_images(pseudo_labels, labelled, small, origin)
+        images = filter_images(source, filter)
+        guessed = guessed_images(pseudo_labels, images, small, classes, origin)
         both = [pair for part in (guessed, small) for pair in zip(part.hashes, part.labels, strict=True)]
-        parents = relabelled(labelled, dict(both))
-    if not drop_overlap:  # found out again when it is measured, but that is after hours of sampling
-        owners = {"generator's training images": generator_hashes(generators)[0], "labelled images": small.hashes}
-        refuse_overlap(asked, find_overlap(asked, owners, small))
-    teachers = dict.fromkeys([*generators, *(name for name in (pseudo_labels, judge) if name is not None)])
-    warnings = check_labels(list(teachers), labelled, small, label_fraction, label_seed)
+        parents = relabelled(images, dict(both), labelled.group_column)
+    teachers = list(dict.fromkeys([*generators, *(name for name in (pseudo_labels, judge) if name is not None)]))
+    # found out again when it is measured, but that is after hours of sampling
+    owners = {"generator's training images": generator_hashes(teachers)[0], "labelled images": parents.hashes}
+    asked = keep_strangers(asked, owners, parents, drop_overlap)
+    warnings = check_labels(teachers, labelled, small, label_fraction, label_seed)
     seen = source if train is None else open_images(train)
-    warnings += find_uncompared(generators, [*small.hashes, *map(str, seen.hashes())])
+    compared = [*small.hashes, *map(str, seen.hashes())]
+    if made_by is not None and (alone := len(set(parents.hashes).difference(compared))):
+        raise ValueError(f"--train lacks {alone} of the images that candidates are made of: leave it out, or add them")
+    warnings += find_uncompared(generators, compared)
     if guessed is not None and (lacking := sorted(set(classes) - set(guessed.labels))):
-        warnings.append(
-            f"{pseudo_labels} has guessed no image of class {lacking[0]!r}: they are not measured as they are"
+        text = (
+            f"{pseudo_labels} has guessed no image of class {lacking[0]!r}: such images are not measured as they are"
         )
+        warnings.append(text)
         guessed = None
     check_dataset_folder(out / "dataset")
 
+    cache = out / "features" if cache_dir is None else Path(cache_dir)
     counts = candidate_counts(small, classes, ratio, balanced)
     templates = class_requests(pipe, classes, condition, label_field, prompt, captions_by_class(small))
-    requests = candidate_requests(pipe, templates, counts, label_column, seed, made_by, parents)
+    requests = candidate_requests(pipe, templates, counts, label_column, seed, made_by, parents, cache)
     if condition_of(requests[0]) != "class_label" and any(key.startswith("classifier_") for key in sampling or {}):
         warnings.append(f"classifier guidance has no effect: classes are asked for by {condition_of(requests[0])}")
     for warning in warnings:
@@ -225,7 +232,7 @@ def augment(
         out=out / "selected",
         train=seen,
         extractor=extractor,
-        cache_dir=out / "features" if cache_dir is None else cache_dir,
+        cache_dir=cache,
         group_column=group_column,
         judge=network,
         baseline=out / "random",
@@ -249,7 +256,7 @@ def augment(
         fold_kind=fold_kind,
         pairs=PAIRS if guessed is None else [*PAIRS, *((name, GUESSED) for name in ("selected", "all candidates"))],
         classifiers=classifiers,
-        generators=generators,
+        generators=teachers,
         label_seed=label_seed,
         synthetic_share=synthetic_share,
         drop_overlap=drop_overlap,

@@ -11,9 +11,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .evaluation.utility_inputs import LabelledImages
+from .data.loading import ImageDataset
+from .data.storage import digest
+from .evaluation.utility_inputs import LabelledImages, with_labels
 from .generation.class_requests import spread_requests
 from .generation.manifold_requests import check_condition, like_requests
 from .generation.requests import Request
@@ -53,32 +56,37 @@ def check_strategy(pipe: "MediSynPipeline", text: str) -> Strategy:
 
 
 def guessed_images(
-    run: str, labelled: LabelledImages, small: LabelledImages, origin: Mapping[str, Any]
+    run: str, images: ImageDataset, small: LabelledImages, classes: Sequence[str], origin: Mapping[str, Any]
 ) -> LabelledImages:
     """The images without a known label whose class a run has guessed, with the guesses as their classes.
 
     Args:
         run: Of the task latent_classifier, with pseudo-labels.
-        labelled: All images that there are.
+        images: All that there are; their class is not read, nor need they have one.
         small: Those whose label is known.
+        classes: That there may be.
         origin: What the guesses must come from, see `read_pseudo_labels`.
 
     Raises:
         FileNotFoundError: The run keeps no guesses.
-        ValueError: They come from other labels, or none of the images is among them.
+        ValueError: They come from other labels, are of other classes, or none of the images is among them.
     """
-    guesses, classes = read_pseudo_labels(run, origin), set(small.labels)
-    found = relabelled(labelled, {key: label for key, label in guesses.items() if label in classes}, small.hashes)
+    guesses = read_pseudo_labels(run, origin)
+    if foreign := sorted(set(guesses.values()) - set(classes)):
+        raise ValueError(f"{run} has guessed the class {foreign[0]!r}, which is none of: {', '.join(classes)}")
+    found = relabelled(images, guesses, small.group_column, small.hashes)
     if not len(found):
         raise ValueError(f"none of the images without a label is among the {len(guesses)} that {run} has guessed")
     return found
 
 
-def relabelled(images: LabelledImages, labels: Mapping[str, str], without: Sequence[str] = ()) -> LabelledImages:
+def relabelled(
+    images: ImageDataset, labels: Mapping[str, str], group_column: str | None, without: Sequence[str] = ()
+) -> LabelledImages:
     """The images whose content hash has a class in `labels`, with that class; but for the hashes of `without`."""
-    apart = set(without)
-    rows = [row for row, content in enumerate(images.hashes) if content in labels and content not in apart]
-    return replace(images.select(rows), labels=tuple(labels[images.hashes[row]] for row in rows))
+    apart, hashes = set(without), images.hashes()
+    rows = [row for row, content in enumerate(hashes) if content in labels and content not in apart]
+    return with_labels(images.select(rows), [labels[str(hashes[row])] for row in rows], group_column)
 
 
 def candidate_requests(
@@ -89,6 +97,7 @@ def candidate_requests(
     seed: int = 0,
     strategy: Strategy | None = None,
     parents: LabelledImages | None = None,
+    cache_dir: Path | None = None,
 ) -> list[Request]:
     """`counts` requests of each class, class by class, each with its class in the metadata and its own seed.
 
@@ -100,6 +109,7 @@ def candidate_requests(
         seed: Of the first one.
         strategy: How they are made of real images; None: of none.
         parents: Real images with their classes, for the strategy.
+        cache_dir: Keeps the embeddings of parents, in a folder for each class; None: they are computed anew.
 
     Raises:
         ValueError: A class has too few parents for the strategy.
@@ -109,6 +119,8 @@ def candidate_requests(
     requests: list[Request] = []
     for label, template in templates.items():
         own = parents.select([row for row, name in enumerate(parents.labels) if name == label])
+        folder = None if cache_dir is None else cache_dir / f"parents_{digest(','.join(own.hashes).encode())[:12]}"
         named = replace(template, columns={label_column: label})
-        requests += like_requests(pipe, strategy, own.images, counts[label], seed + len(requests), template=named)
+        first = seed + len(requests)
+        requests += like_requests(pipe, strategy, own.images, counts[label], first, template=named, cache_dir=folder)
     return requests

@@ -10,13 +10,14 @@
     warnings += find_uncompared(["runs/guided"], [*small.hashes, *train.hashes()])
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from .evaluation.utility_inputs import LabelledImages, generator_hashes
+from .evaluation.utility_inputs import LabelledImages, find_overlap, generator_hashes, refuse_overlap
 from .training_record import find_training_record, read_training_record
 
 LABEL_TASKS = ("latent_classifier", "guided")  # those whose configuration chooses a share of the labels
@@ -74,6 +75,29 @@ def check_labels(
             if fraction < label_fraction:
                 warnings.append(f"{given}: fewer labels than the {label_fraction:g} of the classifiers beside it")
     return warnings
+
+
+def keep_strangers(
+    asked: LabelledImages, owners: Mapping[str, Iterable[str]], parents: LabelledImages, drop_overlap: bool
+) -> LabelledImages:
+    """The test images, none of a patient of `parents` beyond the labelled ones.
+
+    Args:
+        asked: The test images.
+        owners: Whose images -> their hashes.
+        parents: Real images that something learns from, or is made of.
+        drop_overlap: Leave such patients out; copies are then left out, and counted, by `measure_utility`.
+
+    Raises:
+        ValueError: Without `drop_overlap`, a test image that is no stranger; with it, none that is one.
+    """
+    if not drop_overlap:
+        refuse_overlap(asked, find_overlap(asked, owners, parents))
+        return asked
+    known = np.any([*find_overlap(asked, {}, parents).values(), np.zeros(len(asked), dtype=bool)], axis=0)
+    if known.all():
+        raise ValueError(f"all {len(asked)} test images are of patients that something is learnt from")
+    return asked.select(np.flatnonzero(~known))
 
 
 def find_uncompared(generators: Sequence[str], compared: Iterable[str]) -> list[str]:

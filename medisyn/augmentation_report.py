@@ -52,14 +52,16 @@ def format_augmentation(report: Mapping) -> str:
 
 
 def _origin_lines(generator: Mapping) -> list[str]:
-    """Which real images the candidates were made of, if of any; and what judged them, if not a probe."""
+    """Which real images candidates were made of, if of any; what guessed classes; what judged, if not a probe."""
+    strategy, guessed, judge = (generator[name] for name in ("strategy", "pseudo_labels", "judge"))
     lines = []
-    if generator["strategy"] is not None:
-        guessed = generator["pseudo_labels"]
+    if strategy is not None:
         whose = "the labelled images" + (f" and of those that {guessed} has guessed" if guessed else "")
-        lines.append(f"- Made by {generator['strategy']} of {whose}: each names its parents in metadata.jsonl.")
-    if generator["judge"] is not None:
-        lines.append(f"- Confidence of the selection: that of the network of {generator['judge']}.")
+        lines.append(f"- Made by {strategy} of {whose}: each names its parents in metadata.jsonl.")
+    if guessed is not None:
+        lines.append(f"- Guessed images: real ones without a label, with the class that {guessed} has guessed.")
+    if judge is not None:
+        lines.append(f"- Confidence of the selection: that of the network of {judge}.")
     return lines
 
 

@@ -271,8 +271,7 @@ class Studio:
         if name in self.abilities:
             raise ValueError(f"two adapters are named {name!r}; give each of them once")
         base = self.abilities[None]
-        known = _fields(base.schema)
-        fields = {code: entry for code, entry in _fields(schema).items() if code not in known}
+        fields = {code: entry for code, entry in _fields(schema).items() if code not in _fields(base.schema)}
         captions = tuple((caption, caption) for caption in manifest.get("captions", ())) if "text" in kinds else ()
         guidance = 1.0 if manifest.get("built_in_guidance") else None
         self.abilities[name] = Ability(kinds, schema, captions or base.examples, weight, guidance)
@@ -309,19 +308,20 @@ class Studio:
                 prompt = negative_prompt = ""
             if "image" not in ability.kinds:
                 like = None
-        request = Request(prompt or None, negative_prompt or None, labels or None, like, form.init_image)
-        return make_requests([request], form.num_images, form.seed)
+        asked = (prompt or None, negative_prompt or None, labels or None, like, form.init_image)
+        return make_requests([Request(*asked)], form.num_images, form.seed)
 
     def _synthesize(self, form: Form, requests: list[Request], folder: Path, adapter: str | None) -> list[Path]:
         from .generation.synthesize import synthesize
 
         self._use(adapter, form.weight)
+        built_in = adapter != form.adapter and self.abilities[form.adapter].guidance is not None  # not in the base
         return synthesize(
             self.pipe,
             requests,
             folder,
             num_inference_steps=form.steps,
-            guidance_scale=form.guidance,
+            guidance_scale=None if built_in else form.guidance,
             strength=form.strength if form.init_image is not None else None,
             batch_size=BATCH,
             model=self.model,

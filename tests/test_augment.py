@@ -301,7 +301,9 @@ def test_images_whose_class_was_guessed_are_parents_and_a_pool_of_their_own(data
         assert {truth[parent] for parent in found - guessed} == {label} and others[-1] not in found
 
     audit = [json.loads(line) for line in (tmp_path / "out" / "selected" / "selection.jsonl").read_text().splitlines()]
-    given = judge.probabilities(made)[range(len(made)), [sorted(KINDS).index(name) for name in made.column("finding")]]
+    given = judge.verdict(made)["probabilities"][
+        range(len(made)), [sorted(KINDS).index(name) for name in made.column("finding")]
+    ]
     assert [record["scores"]["confidence"] for record in audit] == pytest.approx(given, abs=1e-5)
     results = report["utility"]["results"]
     assert [row["strategy"] for row in results][-1] == "guessed images"
@@ -309,23 +311,68 @@ def test_images_whose_class_was_guessed_are_parents_and_a_pool_of_their_own(data
     text = (tmp_path / "out" / "augment.md").read_text()
     assert f"those that {tmp_path} has guessed" in text and f"the network of {tmp_path}" in text
 
+    chosen = json.loads((tmp_path / "out" / "selected" / "selection.json").read_text())
+    assert chosen["judge"] == judge.identity() and len(judge.identity()["weights_sha256"]) == 64
+    assert "judge" not in json.loads((tmp_path / "out" / "random" / "selection.json").read_text())
+
     few = {content: label for content, label in guesses.items() if label != "green"}
     keep_pseudo_labels(tmp_path, origin, few)
     report = run(data, pipe_with_findings(), tmp_path / "few", **options | {"rules": "random:2", "judge": None})
     assert "has guessed no image of class 'green'" in report["warnings"][-1]
     assert [row["strategy"] for row in report["utility"]["results"]][-1] == "selected"
 
+    keep_pseudo_labels(tmp_path, origin, guesses)
     for changes, message in (
         ({"label_fraction": 0.75}, "label_fraction 0.5, not 0.75"),
+        ({"classes": ["dark", "green"]}, "has guessed the class 'bright', which is none of: dark, green"),
+        ({"rules": "random:2"}, "a judge needs the rule confidence"),
+        ({"rules": "confidence:real=0.1"}, "cannot be used with given probabilities"),
+        ({"train": data["test"]}, "--train lacks 11 of the images that candidates are made of"),
         ({"pseudo_labels": str(tmp_path / "no")}, "a finished run of the task latent_classifier"),
         ({"judge": str(tmp_path / "no")}, "a finished run of the task latent_classifier"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run(data, pipe_with_findings(), tmp_path / "bad", **options | changes)
+    other = Judge(CNN, CNN.build(2).eval(), (("dark",), ("green",)))
+    (tmp_path / "pseudo_labels.safetensors").write_bytes(other.serialize())
+    with pytest.raises(ValueError, match="does not know the class 'bright'; its classes: dark, green"):
+        run(data, pipe_with_findings(), tmp_path / "bad", **options)
     (tmp_path / "pseudo_labels.safetensors").write_bytes(b"half of one")
     with pytest.raises(ValueError, match="no network that judges images, or is damaged"):
         run(data, pipe_with_findings(), tmp_path / "bad", **options)
     assert not (tmp_path / "bad").exists()
+
+
+def test_images_without_a_label_need_none_to_be_guessed_and_test_images_are_of_no_parents_patient(data, tmp_path):
+    """What the column says of them is not read, so it may say nothing; a patient of theirs is no stranger."""
+    rows = [json.loads(line) for line in (Path(data["real"]) / "metadata.jsonl").read_text().splitlines()]
+    folder = shutil.copytree(data["real"], tmp_path / "partly")
+    for row in rows:
+        row["finding"] = row["finding"] if row["file_name"][-5] in "0123" else None
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    without = [row for row in rows if row["finding"] is None]
+    assert len(without) == 12
+    images = load_images(str(folder), caption_column=None)
+    blank = [row for row, name in enumerate(images.column("finding")) if name is None]
+    guesses = {images.hashes()[row]: images.column("caption")[row].split()[1] for row in blank}
+    origin = {"class_column": "finding", "group_column": "group_id", "label_fraction": 1.0, "label_seed": 0}
+    keep_pseudo_labels(tmp_path, origin, guesses)
+    options = {"strategy": "sdedit:strength=0.5", "pseudo_labels": str(tmp_path), "ratio": 2.0}
+    own = data | {"real": str(folder)}
+    report = run(own, pipe_with_findings(), tmp_path / "out", **options)
+    made = load_images(str(tmp_path / "out" / "candidates"), caption_column=None)
+    assert {parent for (parent,) in made.column("parents")} & set(guesses)
+    assert report["utility"]["images"]["guessed images"] == {"bright": 4, "dark": 4, "green": 4}
+
+    # a test image of a patient that only an image without a label is of
+    test = shutil.copytree(data["test"], tmp_path / "test")
+    lines = [json.loads(line) for line in (test / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["group_id"] = without[0]["group_id"]
+    (test / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="1 of 18 test images are among the patients of the labelled images"):
+        run(own | {"test": str(test)}, pipe_with_findings(), tmp_path / "bad", **options)
+    report = run(own | {"test": str(test)}, pipe_with_findings(), tmp_path / "less", **options, drop_overlap=True)
+    assert sum(report["utility"]["images"]["test"].values()) == 17
 
 
 def test_the_report_begins_with_what_the_selection_is_worth(data, tmp_path):

@@ -164,6 +164,9 @@ def test_an_adapter_that_has_learnt_guidance_begins_without_it(tmp_path):
     (tmp_path / "quick" / "adapter.json").write_text(json.dumps(manifest | {"built_in_guidance": 4.0}))
     studio = Studio(tiny_pipeline(("text", "labels")), "tiny", {folder: 1.0}, tmp_path / "images")
     assert studio.abilities["quick"].guidance == 1.0 and studio.abilities[None].guidance is None
+    made = studio.generate(replace(FORM, adapter="quick", compare=True, guidance=1.0))
+    assert made.records[0]["guidance_scale"] == 1.0
+    assert read_provenance(made.without[0])["guidance_scale"] == studio.default("guidance_scale") > 1
 
 
 def test_with_and_without_an_adapter_are_the_same_seeds(studio, studio_with_adapter):

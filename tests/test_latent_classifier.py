@@ -142,10 +142,10 @@ def test_images_without_a_label_are_learnt_from_by_what_a_cnn_takes_them_for(fol
     given = dict(zip(task.images.hashes(), task.targets, strict=True))
     assert len(kept["images"]) == pseudo["images"] and not kept["images"].keys() & set(task.labelled.hashes())
     assert all(given[content] == int(name) for content, name in kept["images"].items())
-    judge = pseudo_labels.guessing_judge(str(run))  # that of generated images
+    judge = pseudo_labels.guessing_judge(str(run), task.classes)  # that of generated images
     assert judge.classes == tuple((name,) for name in task.classes)
     guessed = [i for i, content in enumerate(task.images.hashes()) if content in kept["images"]]
-    probabilities = judge.probabilities(task.images.select(guessed))
+    probabilities = judge.verdict(task.images.select(guessed))["probabilities"]
     assert probabilities.argmax(1).tolist() == [task.targets[i] for i in guessed] and probabilities.max(1).min() >= 0.5
     record = read_training_record(run / "classifier")
     assert len(record["labels"]["hashes"]) == 12 < len(record["hashes"]) == 24  # the CNN has seen them all

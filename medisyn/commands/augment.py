@@ -83,7 +83,7 @@ def augment(
     ] = None,
     pseudo_labels: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Run of a classifier whose guesses make images without a label parents too."),
+        typer.Option(metavar="RUN", help="Run of a classifier: images whose class it guessed are parents too."),
     ] = None,
     judge: JudgeRunOption = None,
     steps: StepsOption = None,

@@ -80,6 +80,7 @@ def select(
             check_names(**{name: source})
     conditions = _conditions(where or [])
     check_names(judge=judge)
+    from ..doctor import best_device
     from ..generation.selected_folder import select_folder
     from ..tasks.pseudo_labels import guessing_judge
 
@@ -97,7 +98,7 @@ def select(
         extractor=extractor,
         cache_dir=cache,
         group_column=group_column,
-        judge=None if judge is None else guessing_judge(judge),
+        judge=None if judge is None else guessing_judge(judge, (), device=best_device()),
         link=link,
         baseline=baseline,
         seed=seed,

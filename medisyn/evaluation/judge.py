@@ -64,7 +64,7 @@ class Judge:
     """A trained network.
 
     Attributes:
-        cnn: How it was trained.
+        cnn: How it was trained; of one that was read, what it sees.
         network: A timm model with one output for each of `classes`.
         classes: Innermost classes by their names from the outermost column on: ("CT", "CT / nodule").
     """
@@ -81,9 +81,19 @@ class Judge:
         """For `label_agreement`: nothing is fitted, the classes of `labels` are those that can be said."""
         return Restricted(self, np.unique(np.asarray(labels)))
 
-    def probabilities(self, images: ImageDataset) -> np.ndarray:
-        """Of the innermost classes (N, K)."""
-        return self.cnn.predict(self.network, self.cnn.inputs(images))
+    @property
+    def names(self) -> list[str]:
+        """The classes without the outer ones."""
+        return [path[-1] for path in self.classes]
+
+    def verdict(self, images: ImageDataset) -> dict[str, Any]:
+        """`probabilities` (N, K) and `classes`, as `medisyn.generation.selection.select` takes them."""
+        return {"probabilities": self.cnn.predict(self.network, self.cnn.inputs(images)), "classes": self.names}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells one network from another, however it was trained."""
+        weights = hashlib.sha256(self.serialize()).hexdigest()
+        return {"model": self.cnn.model, "resolution": self.cnn.resolution, "weights_sha256": weights}
 
     def serialize(self, **metadata: str) -> bytes:
         """The content of a safetensors file that `read_judge` reads; further `metadata` goes into it."""
@@ -164,12 +174,13 @@ def read_judge(file: Path, device: str | torch.device = "cpu") -> Judge:
         with safe_open(file, framework="pt") as kept:
             facts = json.loads((kept.metadata() or {})[METADATA])
             weights = {name: kept.get_tensor(name) for name in kept.keys()}
+        classes = tuple(tuple(path) for path in facts["classes"])
         cnn = CnnClassifier(model=facts["model"], resolution=facts["resolution"], device=str(device))
-        network = cnn.build(len(facts["classes"]))
-        network.load_state_dict(weights)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
-        raise ValueError(f"{file} is no network that judges images, or is damaged: train it again") from None
-    return Judge(cnn, network.eval(), tuple(tuple(path) for path in facts["classes"]))
+    except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no network that judges images, or is damaged: train it again") from error
+    network = cnn.build(len(classes))
+    network.load_state_dict(weights)
+    return Judge(cnn, network.eval(), classes)
 
 
 def _kept(cnn: CnnClassifier, number_of_classes: int, file: Path) -> torch.nn.Module | None:

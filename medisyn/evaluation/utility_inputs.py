@@ -100,7 +100,19 @@ def open_labelled(
         ValueError: No such column, a filter that keeps nothing, or no row with one of the classes.
         FileNotFoundError: There is no such source.
     """
-    images = open_images(source, [label_column])
+    images = filter_images(open_images(source, [label_column]), filter)
+    labels = ["" if value is None else str(value) for value in images.column(label_column)]
+    counts = dict(sorted(Counter(label for label in labels if label).items()))
+    wanted = set(classes) or set(counts)
+    rows = [row for row, label in enumerate(labels) if label in wanted]
+    if not rows:
+        asked = f"of the classes {', '.join(classes)}" if classes else "with a class"
+        raise ValueError(f"no image {asked} in the column {label_column!r}; classes there: {_listed(counts)}")
+    return with_labels(images.select(rows), [labels[row] for row in rows], group_column, counts)
+
+
+def filter_images(images: ImageDataset, filter: Mapping[str, Sequence[str]] | None) -> ImageDataset:
+    """The images with one of the values of each column. Raises ValueError for a value that none has."""
     for column, kept in (filter or {}).items():
         values = [str(value) for value in images.column(column)]
         unknown = sorted(set(map(str, kept)) - set(values))
@@ -109,18 +121,24 @@ def open_labelled(
         images = images.select(np.isin(np.array(values, dtype=object), list(map(str, kept))))
         if not len(images):
             raise ValueError(f"no image passes the filter {dict(filter or {})}")
-    labels = ["" if value is None else str(value) for value in images.column(label_column)]
-    counts = dict(sorted(Counter(label for label in labels if label).items()))
-    wanted = set(classes) or set(counts)
-    rows = [row for row, label in enumerate(labels) if label in wanted]
-    if not rows:
-        asked = f"of the classes {', '.join(classes)}" if classes else "with a class"
-        raise ValueError(f"no image {asked} in the column {label_column!r}; classes there: {_listed(counts)}")
-    images, labels = images.select(rows), [labels[row] for row in rows]
+    return images
+
+
+def with_labels(
+    images: ImageDataset, labels: Sequence[str], group_column: str | None, found: Mapping[str, int] | None = None
+) -> LabelledImages:
+    """Images with a class each, and their patients; see `LabelledImages`.
+
+    Args:
+        images: The images.
+        labels: Class of each.
+        group_column: None: `group_id` where there is one.
+        found: See there.
+    """
     column = group_column or (GROUP_COLUMN if GROUP_COLUMN in images.column_names else None)
-    groups: list[Hashable] = [None] * len(rows) if column is None else images.column(column)
+    groups: list[Hashable] = [None] * len(images) if column is None else images.column(column)
     named = [f"image {row}" if group in (None, "") else ("group", str(group)) for row, group in enumerate(groups)]
-    return LabelledImages(images, tuple(labels), tuple(named), column, counts)
+    return LabelledImages(images, tuple(labels), tuple(named), column, found or {})
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -133,12 +133,11 @@ def select_folder(
         real_groups=groups["real"],
         train_groups=groups.get("train"),
         held_out_features=vectors.get("held_out"),
-        probabilities=None if judge is None else judge.probabilities(images),
-        classes=None if judge is None else [path[-1] for path in judge.classes],
         names=[line["file_name"] for line in lines],
         seed=seed,
         warn_below=warn_below,
         search=search,
+        **({} if judge is None else judge.verdict(images)),
     )
     if not len(selection.kept):
         strictest = max(selection.report["steps"], key=lambda step: step["dropped"])
@@ -160,9 +159,9 @@ def select_folder(
             "resolution": features_of.resolution,
         },
     }
-    facts |= {} if judge is None else {"judge": judge.describe()}
     chosen = [lines[index] for index in selection.kept]
-    _write(out, Path(folder), chosen, facts | {"kind": "selection"} | selection.report, selection, link, overwrite)
+    about = facts | ({} if judge is None else {"judge": judge.identity()}) | {"kind": "selection"} | selection.report
+    _write(out, Path(folder), chosen, about, selection, link, overwrite)
     if baseline is not None:
         drawn = [lines[index] for index in selection.baseline]
         facts |= {"kind": "random baseline", "seed": seed, "kept": selection.report["kept"]}

@@ -139,12 +139,10 @@ def out_of_fold_confidence(pool: Pool) -> np.ndarray:
     """Probability (M,) of its own class for each real image, by a classifier fitted without its fold.
 
     Raises:
-        ValueError: The pool brings probabilities of its own, or a class has fewer than two images (or patients).
+        ValueError: A class has fewer than two images (or patients).
     """
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    if pool.probabilities is not None:
-        raise ValueError("confidence:real fits classifiers of its own; it cannot be used with given probabilities")
     groups = list(range(len(pool.real_labels)) if pool.real_groups is None else pool.real_groups)
     names = sorted(set(pool.real_labels.tolist()))
     of_class = {

@@ -39,8 +39,13 @@ def check_real_images(
         judged: Whether the probabilities are given, so that `confidence` fits no classifier.
 
     Raises:
-        ValueError: `confidence` would fit a classifier on one image of a class that is asked for.
+        ValueError: `confidence` would fit a classifier on one image of a class that is asked for; or the probabilities
+            are given, and no rule takes them.
     """
+    if judged and not any(isinstance(rule, Confidence) for rule in rules):
+        raise ValueError("a judge needs the rule confidence, which none of the rules is")
+    if judged and any(isinstance(rule, Confidence) and rule.real is not None for rule in rules):
+        raise ValueError("confidence:real fits classifiers of its own; it cannot be used with given probabilities")
     counts = Counter(map(str, real_labels))
     single = sorted(label for label in set(map(str, labels)) if counts[label] < LEAST_REAL_IMAGES)
     if not single:

@@ -126,7 +126,7 @@ def with_pseudo_labels(
     """
     # the patients' column is the one key that is not the task's
     guessed = read_pseudo_labels(name, {key: getattr(options, key, images.config.group_column) for key in LABEL_KEYS})
-    file = _kept(name, FILE)
+    file = _kept_file(name)
     if foreign := sorted(set(guessed.values()) - set(classes)):
         raise ValueError(f"{file} has the class {foreign[0]!r}, which the classifier has not: {', '.join(classes)}")
     place = {label: index for index, label in enumerate(classes)}
@@ -142,52 +142,62 @@ def with_pseudo_labels(
     return completed
 
 
-def read_pseudo_labels(name: str, labels: Mapping[str, Any]) -> dict[str, str]:
+def read_pseudo_labels(name: str, labels: Mapping[str, Any] | None) -> dict[str, str]:
     """The classes that a latent classifier's run has guessed, by the images' content hashes.
 
     Args:
         name: of a latent classifier that was trained with `task.pseudo_labels`: its run folder, or a part of it.
-        labels: what they must be guessed from (`LABEL_KEYS`).
+        labels: what they must be guessed from (`LABEL_KEYS`); None: that is not asked.
 
     Raises:
         FileNotFoundError: the run keeps no such classes.
         ValueError: they come from other labels, or the file is damaged.
     """
-    file = _kept(name, FILE)
+    file = _kept_file(name)
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         guessed, origin = dict(kept["images"]), {key: kept[key] for key in LABEL_KEYS}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged: train the classifier again") from None
-    for key, value in origin.items():
-        if value != labels[key]:
-            raise ValueError(f"{file} was guessed from labels with {key} {value!r}, not {labels[key]!r}")
+    for key, asked in (labels or {}).items():
+        if asked != origin[key]:
+            raise ValueError(f"{file} was guessed from labels with {key} {origin[key]!r}, not {asked!r}")
     return guessed
 
 
-def guessing_judge(name: str, device: str | torch.device = "cpu") -> Judge:
+def guessing_judge(
+    name: str, classes: Sequence[str], labels: Mapping[str, Any] | None = None, device: str | torch.device = "cpu"
+) -> Judge:
     """The network that has guessed the classes of a latent classifier's run.
 
     Args:
         name: see `read_pseudo_labels`.
+        classes: that it must know.
+        labels: what it must have learnt from (`LABEL_KEYS`); None: that is not asked.
         device: where it judges.
 
     Raises:
-        FileNotFoundError: the run has no such network.
-        ValueError: its file is damaged.
+        FileNotFoundError: the run is not finished, or has no such network.
+        ValueError: it has learnt from other labels, does not know a class, or its file is damaged.
     """
-    return read_judge(_kept(name, NETWORK), device)
+    read_pseudo_labels(name, labels)
+    judge = read_judge(_kept_file(name).with_name(NETWORK), device)
+    if lacking := sorted(set(classes) - set(judge.names)):
+        raise ValueError(
+            f"the judge {name} does not know the class {lacking[0]!r}; its classes: {', '.join(judge.names)}"
+        )
+    return judge
 
 
-def _kept(name: str, file_name: str) -> Path:
-    """A file that a run with pseudo-labels leaves."""
-    file = Path(name).expanduser() / file_name
+def _kept_file(name: str) -> Path:
+    """Where a run keeps its guesses."""
+    file = Path(name).expanduser() / FILE
     if not file.is_file() and file.parent.name in ("classifier", "pipeline"):  # a part of a run, unless the run's name
-        file = file.parent.parent / file_name
+        file = file.parent.parent / FILE
     if not file.is_file():
         raise FileNotFoundError(
-            f"no {Path(name) / file_name}: a finished run of the task latent_classifier writes it, with "
-            "task.pseudo_labels; name such a run as task.classifier"
+            f"no {Path(name) / FILE}: a finished run of the task latent_classifier writes it, with "
+            "task.pseudo_labels; name such a run"
         )
     return file
 

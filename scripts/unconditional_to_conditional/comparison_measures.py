@@ -87,9 +87,11 @@ def measure_by_cnn(
     judge = train_judge(cnn, sets["training"], (class_column,), cache_dir=cache_dir)
     pixels = {name: judge.cnn.inputs(images).numpy() for name, images in sets.items()}
     features = {name: judge.features(own) for name, own in pixels.items()}
-    return judge.describe(), measure(
-        sets, features, drawn, classes, class_column, group_column, pixels, judge.restrict
-    )
+    scores = measure(sets, features, drawn, classes, class_column, group_column, pixels, judge.restrict)
+    for way in scores["ways"].values():  # features that were made to bring a class together tell of no copies
+        for name in [name for name in way if name.startswith("near_copies")]:
+            del way[name]
+    return judge.describe(), scores
 
 
 def diversity(features: np.ndarray, labels: Sequence[str]) -> float:
