@@ -155,7 +155,7 @@ def test_what_cannot_be_compared(script, folder):
 
 def test_diversity_is_the_mean_cosine_distance_within_a_class(script):
     features = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0], [3.0, 0.0]])
-    assert script("compare").diversity(features, ["a", "a", "b", "b"]) == pytest.approx(0.5)
+    assert script("comparison_measures").diversity(features, ["a", "a", "b", "b"]) == pytest.approx(0.5)
 
 
 def test_the_subset_holds_the_images_whose_labels_a_task_reads(script, folder, tmp_path):
