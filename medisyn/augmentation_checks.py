@@ -21,6 +21,7 @@ from .evaluation.utility_inputs import LabelledImages, find_overlap, generator_h
 from .training_record import find_training_record, read_training_record
 
 LABEL_TASKS = ("latent_classifier", "guided")  # those whose configuration chooses a share of the labels
+CONFIG = "config.yaml"
 PARTS = ("pipeline", "adapter", "classifier")  # of a run folder
 
 
@@ -111,7 +112,8 @@ def find_uncompared(generators: Sequence[str], compared: Iterable[str]) -> list[
 def _runs_with_labels(name: str) -> list[tuple[Path, float, int]]:
     """The run folder of a model, and that of the classifier it was taught by: label fraction and seed of each."""
     folder = Path(name).expanduser()
-    folder = folder.parent if folder.name in PARTS else folder
+    if folder.name in PARTS and not (folder / CONFIG).is_file():  # a part of a run, unless that is the run's own name
+        folder = folder.parent
     task = _task_of(folder)
     if task.get("type") not in LABEL_TASKS:
         return []
@@ -124,7 +126,7 @@ def _runs_with_labels(name: str) -> list[tuple[Path, float, int]]:
 
 def _task_of(folder: Path) -> dict[str, Any]:
     """The task in the resolved configuration of a run; empty where there is none that can be read."""
-    file = folder / "config.yaml"
+    file = folder / CONFIG
     if not file.is_file():
         return {}
     try:

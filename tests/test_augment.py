@@ -453,6 +453,12 @@ def test_a_generator_that_learnt_from_other_labels_is_refused(data, tmp_path):
     seen = {"hashes": sorted(labelled.hashes), "datasets": [], "labels": {"hashes": sorted(small.hashes)}}
     write_training_record(Path(wrong) / "classifier", seen)
     assert check(wrong) == []
+    # A run may be called as its parts are: the recipe's own is runs/classifier.
+    task = {"type": "latent_classifier"} | share | {"label_seed": 5}
+    named = write_run(tmp_path / "classifier", labelled.hashes, task, small.hashes)
+    for name in (named, f"{named}/classifier"):
+        with pytest.raises(ValueError, match=f"{named} learnt from --label-fraction 0.5 --label-seed 5"):
+            check(name)
     # What no run folder says is a warning where only a share of the labels is used.
     unknown = write_run(tmp_path / "h", labelled.hashes, {"type": "diffusion"})
     assert check(unknown) == [
