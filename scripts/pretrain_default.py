@@ -2,16 +2,18 @@
 
     python scripts/pretrain_default.py --data DIR                  # two CPU cores
     python scripts/pretrain_default.py --data DIR --hardware gpu   # one GPU
+    python scripts/pretrain_default.py --data DIR --hardware gpu --parts medisyn/pretrained --minutes 8
 
 The same command again goes on where it was cut off. DIR holds `corpus/` and `weights/` (`embedded_default/stages.py`).
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from embedded_default.embed import embed
-from embedded_default.stages import Hardware, run
+from embedded_default.stages import Hardware, run, run_diffusion
 
 from medisyn.console import one_line_errors
 
@@ -20,12 +22,15 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder with the corpus and the perceptual network.")] = Path("data"),
     hardware: Annotated[Hardware, typer.Option(help="What it runs on.")] = Hardware.CPU,
     folder: Annotated[Path, typer.Option(help="The pipeline goes here; replaced.")] = Path("medisyn/pretrained"),
+    parts: Annotated[
+        Path | None, typer.Option(help="Pipeline whose autoencoder and image encoder are taken, not trained anew.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="On a GPU: how long the diffusion stage may take.")] = math.inf,
 ) -> None:
     """Run the stages that are not done yet."""
-    for earlier in ("autoencoder", "dino"):
+    for earlier in ("autoencoder", "dino") if parts is None else ():
         run(earlier, data, hardware)
-    (trained,) = run("default", data, hardware)
-    embed(trained, folder)
+    embed(run_diffusion(data, hardware, parts, minutes), folder)
 
 
 if __name__ == "__main__":

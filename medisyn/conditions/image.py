@@ -89,7 +89,7 @@ class ImageCondition:
                 f"{name!r} holds a {config.model_type!r} model, which is not a vision transformer (dinov2, "
                 "dinov2_with_registers, dinov3_vit, vit, ...)."
             )
-        encoder, loading = AutoModel.from_pretrained(name, output_loading_info=True)
+        encoder, loading = AutoModel.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
         missing = sorted(loading["missing_keys"])
         if missing and all(key.startswith("pooler.") for key in missing) and hasattr(config, "pooler_act"):
             _pass_global_token(encoder)

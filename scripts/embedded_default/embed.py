@@ -1,4 +1,6 @@
-r"""Put a trained pipeline into the package as the embedded default: half precision, files below 16 MB, 32 MB in all.
+r"""Put a trained pipeline into the package as the embedded default: files below 16 MB, 32 MB in all.
+
+The UNet's large matrices are stored in 8 bits (`eight_bits`), everything else in half precision.
 
 python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
 """
@@ -12,6 +14,7 @@ import typer
 
 from medisyn import load_pipeline
 from medisyn.backbone import load_autoencoder
+from medisyn.eight_bits import to_eight_bits
 from medisyn.training_record import read_training_record, write_training_record
 
 LIMIT = 32_000_000  # bytes of safetensors
@@ -34,6 +37,7 @@ def embed(
             raise typer.BadParameter(f"{vae} has another encoder than {run}: its latents are not the model's")
         pipe.register_modules(vae=tuned)
     pipe.to(torch.float16)
+    to_eight_bits(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

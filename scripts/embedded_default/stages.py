@@ -2,9 +2,12 @@
 
 - A stage is a configuration beside this file and what the hardware changes in it. A stage that is done costs a moment,
   a stage that was cut off goes on: to resume is to run the same script again.
-- `gpu` sees as many images as `cpu` in fewer, larger steps. Its numbers are computed and not measured.
+- `gpu` sees as many images as `cpu` in fewer, larger steps, by numbers that are computed and not measured; but the
+  diffusion stage has settings of its own there, those of the model that is shipped, and sees many times as many.
 """
 
+import math
+import shutil
 from enum import Enum
 from pathlib import Path
 
@@ -12,9 +15,20 @@ from medisyn.config import TrainConfig, load_config
 from medisyn.trainer import Trainer
 
 HERE = Path(__file__).parent
-STAGES = {"autoencoder": ("autoencoder", "decoder"), "dino": ("dino",), "default": ("diffusion",)}
+STAGES = {"autoencoder": ("autoencoder", "decoder"), "dino": ("dino",)}
 SPLITS = {"data": "train", "validation": "validation"}
 LARGER_STEPS = 4  # how many steps of a CPU are one of a GPU
+RESIDENT = [  # the diffusion stage on a GPU, see `resident`
+    "train.batch_size=1024",
+    "train.steps=20000",
+    "train.ema_decay=0.9985",
+    "train.mixed_precision=bf16",
+    "train.validation_images=256",
+    "optim.learning_rate=0.0015",
+    "optim.warmup_steps=300",
+    "optim.decay_fraction=0.7",
+    "task.cache_batch_size=256",
+]
 
 
 class Hardware(str, Enum):
@@ -24,31 +38,58 @@ class Hardware(str, Enum):
     GPU = "gpu"  # one GPU
 
 
-def configure(stage: str, data: Path, hardware: Hardware) -> TrainConfig:
+def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = None) -> TrainConfig:
     """The configuration of a stage.
 
     Args:
         stage: Name of a YAML file beside this one.
         data: Folder with `corpus/train-*.parquet`, `corpus/validation-*.parquet` and `weights/stlpips_alex.pth`.
         hardware: See `Hardware`.
+        parts: A pipeline's folder whose autoencoder and image encoder are taken in place of those of earlier stages.
     """
     file = HERE / f"{stage}.yaml"
     plain = load_config(file)
     overrides = [f"{part}.source={data}/corpus/{split}-*.parquet" for part, split in SPLITS.items()]
     if plain.task.type == "autoencoder":
         overrides.append(f"task.perceptual_weights={data}/weights/stlpips_alex.pth")
+    if parts is not None and plain.task.type == "diffusion":
+        encoder = Path(plain.output_dir) / "image_encoder"
+        for part in ("image_encoder", "feature_extractor"):
+            shutil.copytree(parts / part, encoder, dirs_exist_ok=True)
+        overrides += [f"task.vae={parts}", f"task.conditions.1.encoder={encoder}"]
     if hardware is Hardware.GPU:
-        overrides += [
-            f"train.batch_size={plain.train.batch_size * LARGER_STEPS}",
-            f"train.steps={plain.train.steps // LARGER_STEPS}",
-            f"optim.learning_rate={plain.optim.learning_rate * LARGER_STEPS**0.5}",  # AdamW's square-root rule
-            f"train.ema_decay={plain.train.ema_decay**LARGER_STEPS}",
-            "train.mixed_precision=bf16",
-            "data.num_workers=8",
-        ]
+        overrides += RESIDENT if plain.task.type == "diffusion" else _larger_steps(plain)
     return load_config(file, overrides)
+
+
+def _larger_steps(plain: TrainConfig) -> list[str]:
+    return [
+        f"train.batch_size={plain.train.batch_size * LARGER_STEPS}",
+        f"train.steps={plain.train.steps // LARGER_STEPS}",
+        f"optim.learning_rate={plain.optim.learning_rate * LARGER_STEPS**0.5}",  # AdamW's square-root rule
+        f"train.ema_decay={plain.train.ema_decay**LARGER_STEPS}",
+        "train.mixed_precision=bf16",
+        "data.num_workers=8",
+    ]
 
 
 def run(script: str, data: Path, hardware: Hardware) -> list[Path]:
     """Train the stages of a script, or what is left of them. Returns their run folders."""
     return [Trainer(configure(stage, data, hardware)).fit() for stage in STAGES[script]]
+
+
+def run_diffusion(data: Path, hardware: Hardware, parts: Path | None = None, minutes: float = math.inf) -> Path:
+    """Train the diffusion stage, or what is left of it, on a GPU by `resident`. Returns its run folder.
+
+    Args:
+        data: See `configure`.
+        hardware: See `Hardware`.
+        parts: See `configure`.
+        minutes: On a GPU: how long it may take.
+    """
+    config = configure("diffusion", data, hardware, parts)
+    if hardware is Hardware.CPU:
+        return Trainer(config).fit()
+    from embedded_default.resident import ResidentTraining
+
+    return ResidentTraining(config, minutes).fit()
