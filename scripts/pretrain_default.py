@@ -30,7 +30,7 @@ def main(
     """Run the stages that are not done yet."""
     for earlier in ("autoencoder", "dino") if parts is None else ():
         run(earlier, data, hardware)
-    embed(run_diffusion(data, hardware, parts, minutes), folder)
+    embed(run_diffusion(data, hardware, parts, minutes), folder, eight_bits=hardware is Hardware.GPU)
 
 
 if __name__ == "__main__":

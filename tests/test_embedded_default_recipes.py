@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from medisyn.backbone import load_autoencoder
+from medisyn.conditions import ImageCondition
 from medisyn.config import load_config
+from tests.components import tiny_pipeline
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -19,15 +22,30 @@ def stages(monkeypatch):
 
 
 def all_stages(stages):
-    return [stage for names in stages.STAGES.values() for stage in names]
+    return [stage for names in stages.STAGES.values() for stage in names] + ["diffusion"]
 
 
 def test_a_gpu_sees_as_many_images_in_larger_steps(stages):
-    for stage in all_stages(stages):
+    for stage in all_stages(stages)[:-1]:
         cpu, gpu = (stages.configure(stage, Path("elsewhere"), hardware) for hardware in stages.Hardware)
         images = [config.train.steps * config.train.batch_size for config in (cpu, gpu)]
         assert images[1] == pytest.approx(images[0], rel=0.01) and gpu.train.batch_size > cpu.train.batch_size
         assert gpu.optim.learning_rate == pytest.approx(2 * cpu.optim.learning_rate)
+
+
+def test_a_gpu_sees_more_images_in_the_diffusion_stage_and_trains_a_larger_unet(stages):
+    cpu, gpu = (stages.configure("diffusion", Path("elsewhere"), hardware) for hardware in stages.Hardware)
+    assert gpu.train.steps * gpu.train.batch_size > 5 * cpu.train.steps * cpu.train.batch_size
+    assert (cpu.task.preset, gpu.task.preset) == ("mini", "mini-wide")
+
+
+def test_parts_of_another_pipeline_can_stand_in_for_earlier_stages(stages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline(kinds=("text", "image")).save_pretrained(tmp_path / "parts")
+    config = stages.configure("diffusion", Path("elsewhere"), stages.Hardware.GPU, parts=Path("parts"))
+    assert config.task.vae == "parts" and load_autoencoder(config.task.vae).config.latent_channels == 4
+    encoder = config.task.conditions[1]
+    assert ImageCondition.from_pretrained(encoder.encoder, noise=encoder.noise).processor.size
 
 
 def test_the_data_folder_reaches_every_stage(stages):
@@ -47,6 +65,13 @@ def test_each_stage_starts_from_what_an_earlier_one_leaves(stages):
         starts = {str(Path(start).relative_to("runs/embedded_default")) for start in starts if start}
         assert {start.split("/")[0] for start in starts} <= made
         made.add(Path(config.output_dir).name)
+
+
+def test_parts_that_are_not_there_are_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "pretrain_default.py"), "--parts", "nowhere", "--hardware", "gpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script", ["pretrain_autoencoder", "pretrain_dino", "pretrain_default"])

@@ -43,6 +43,16 @@ def test_a_folder_of_images_gets_all_measures_as_a_file_a_table_and_a_grid(data,
         assert grid.width > 8 * 32 and grid.height > 2 * 32
 
 
+def test_a_codec_is_named_in_the_report(data, tmp_path):
+    plain, coded = (
+        run(data, data["synthetic"], tmp_path / name, codec=codec) for name, codec in (("a", None), ("b", "webp:50"))
+    )
+    assert coded["extractor"]["codec"] == "webp:50" and "went through webp:50" in format_table(coded)
+    assert "went through" not in format_table(plain)
+    distances = [report["fidelity"]["overall"]["frechet_distance"]["synthetic"] for report in (plain, coded)]
+    assert distances[0] != distances[1]
+
+
 def test_wrong_images_are_found_out(data, tmp_path):
     folder = nodules_for_everything(tmp_path / "images", 60)
     report = run(data, folder, tmp_path / "out", train=data["train"])
@@ -192,6 +202,8 @@ def test_bad_requests_are_named_before_anything_is_made(data, tmp_path, tiny_pip
         run(data, data["synthetic"], tmp_path / "out", per=["organ"])
     with pytest.raises(ValueError, match="unknown feature extractor 'vgg'"):
         run(data, tiny_pipeline(), tmp_path / "out", extractor="vgg")
+    with pytest.raises(ValueError, match="Unknown codec 'png'.*webp"):
+        run(data, tiny_pipeline(), tmp_path / "out", codec="png:90")
     with pytest.raises(ValueError, match="at least 1, not 0"):
         run(data, tiny_pipeline(), tmp_path / "out", num_images=0)
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from medisyn.data.loading import load_images
+from medisyn.evaluation.codec import Codec
 from medisyn.evaluation.features import EXTRACTORS, extract_features, load_extractor
 from tests.components import tiny_image_encoder
 
@@ -63,6 +64,26 @@ def test_resolution_removes_detail_and_is_part_of_the_key(weights):
     smoothed = noise.resize((8, 8), Image.Resampling.BICUBIC)
     assert torch.allclose(small([noise]), plain([smoothed]), atol=1e-5)
     assert plain.key != small.key
+
+
+def test_a_codec_gives_all_images_the_same_traces(weights):
+    """What was a JPEG file once is nearer to its original when both go through the codec, and the key tells."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
+    original = Image.fromarray(np.clip(np.array(smooth) + rng.normal(0, 4, (64, 64, 3)), 0, 255).astype(np.uint8))
+    codec = Codec.parse("jpeg:50")
+    stored = codec(original)
+    plain, same = (load_extractor(f"timm:{MODEL}@{weights}?size=64", codec=each) for each in (None, codec))
+    distances = [float((extractor([original]) - extractor([stored])).norm()) for extractor in (plain, same)]
+    assert distances[1] < 0.5 * distances[0] and plain.key != same.key
+
+
+@pytest.mark.parametrize("text", ["png:90", "webp", "webp:0", "jpeg:101", "jpeg:best", ""])
+def test_a_codec_that_there_is_not_is_named(text):
+    with pytest.raises(ValueError, match=r"codec"):
+        Codec.parse(text)
 
 
 def test_features_do_not_depend_on_the_batch_size_and_equal_images_are_computed_once(weights, images):

@@ -94,3 +94,15 @@ def test_a_processor_of_another_size_than_the_encoder_was_made_for(folder):
     with torch.no_grad():
         pixels = condition.processor([Image.new("RGB", (60, 50), "red")], return_tensors="pt").pixel_values
         assert condition.encoder(pixels).last_hidden_state.shape == (1, 1 + 2 + 9, encoder.config.hidden_size)
+
+
+def test_an_encoder_stored_in_half_precision_is_read_in_full(folder):
+    """Else bf16 autocast finds two narrow types in one network, and stops."""
+    encoder, processor = tiny_image_encoder()
+    encoder.half().save_pretrained(folder / "half")
+    processor.save_pretrained(folder / "half")
+    condition = ImageCondition.from_pretrained(str(folder / "half"))
+    assert condition.encoder.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        pixels = condition.processor([Image.new("RGB", (60, 50), "red")], return_tensors="pt").pixel_values
+        assert condition.encoder(pixels).last_hidden_state.isfinite().all()

@@ -175,6 +175,14 @@ def test_encoders_of_transformers(family, tmp_path):
         assert torch.allclose(short[0, :4], tokens[0, :4], atol=1e-6)
 
 
+def test_an_encoder_stored_in_half_precision_is_read_and_trained_in_full(tmp_path):
+    model = transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=12)).half()
+    model.save_pretrained(tmp_path)
+    word_tokenizer(tmp_path, BERT_TOKENS)
+    encoder = TextCondition.from_pretrained(str(tmp_path), trainable=True).encoder
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+
+
 def test_a_shorter_window_can_be_asked_for_but_not_a_longer_one(tmp_path):
     transformers.BertModel(transformers.BertConfig(**SMALL, max_position_embeddings=12)).save_pretrained(tmp_path)
     word_tokenizer(tmp_path, BERT_TOKENS)

@@ -53,6 +53,10 @@ def evaluate(
     extractor: Annotated[
         str, typer.Option(metavar="SPEC", help="inception, timm:NAME@FILE, Hub name, ...")
     ] = "inception",
+    codec: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT:QUALITY", help="All images pass through it first: webp:90, jpeg:75."),
+    ] = None,
     cnn: JudgeOption = None,
     cnn_steps: JudgeStepsOption = JUDGE_STEPS,
     cnn_resolution: JudgeResolutionOption = JUDGE_RESOLUTION,
@@ -99,6 +103,7 @@ def evaluate(
         label_columns=parse_labels(label_columns) if label_columns else None,
         conditions=None if conditions is None else [kind.strip() for kind in conditions.split(",")],
         extractor=extractor,
+        codec=codec,
         num_images=num_images,
         num_inference_steps=steps,
         guidance_scale=weights,

@@ -296,7 +296,7 @@ def load_text_encoder(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             f"{name!r} holds a {config.model_type!r} model, which has no text encoder that is known here; "
             f"known: clip, {', '.join(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES)}."
         )
-    encoder, loading = encoder_class.from_pretrained(name, output_loading_info=True)
+    encoder, loading = encoder_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(

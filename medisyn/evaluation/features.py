@@ -27,6 +27,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .codec import Codec
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from transformers import PreTrainedModel
@@ -54,6 +56,7 @@ class FeatureExtractor:
         resolution: Side in pixels to which every image is brought (centre crop to a square, antialiased) before
             `transform`; None leaves images as they are. May be set later.
         device: Where the network runs.
+        codec: What every image passes through at that resolution; None leaves images as they are.
     """
 
     def __init__(  # noqa: D107 - described above
@@ -64,6 +67,7 @@ class FeatureExtractor:
         weights_sha256: str,
         resolution: int | None = None,
         device: str | torch.device = "cpu",
+        codec: Codec | None = None,
     ):
         self.spec = spec
         self.network = network
@@ -71,14 +75,15 @@ class FeatureExtractor:
         self.weights_sha256 = weights_sha256
         self.resolution = resolution
         self.device = torch.device(device)
+        self.codec = codec
 
     @property
     def key(self) -> str:
-        """Name of the cache folder: changes with the weights, the preprocessing and the resolution."""
+        """Name of the cache folder: changes with the weights, the preprocessing, the resolution and the codec."""
         # The weights' file may move: only its content counts, so the path between "@" and "?" is left out.
         name, _, rest = self.spec.partition("@")
         options = rest.partition("?")[2]
-        text = f"{name}?{options} {self.weights_sha256} {self.resolution}"
+        text = f"{name}?{options} {self.weights_sha256} {self.resolution}" + (f" {self.codec}" if self.codec else "")
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @torch.no_grad()
@@ -86,12 +91,18 @@ class FeatureExtractor:
         """Features (B, D) of `images`, float32 on the CPU."""
         if self.resolution is not None:
             images = [_square(image, self.resolution) for image in images]
+        if self.codec is not None:
+            images = [self.codec(image) for image in images]
         batch = torch.stack([self.transform(image) for image in images])
         return self.network(batch.to(self.device)).float().cpu()
 
 
 def load_extractor(
-    spec: str, pipe: "DiffusionPipeline | None" = None, resolution: int | None = None, device: str | None = None
+    spec: str,
+    pipe: "DiffusionPipeline | None" = None,
+    resolution: int | None = None,
+    device: str | None = None,
+    codec: Codec | None = None,
 ) -> FeatureExtractor:
     """Build the extractor that `spec` names.
 
@@ -103,6 +114,7 @@ def load_extractor(
         pipe: The pipeline under evaluation; only `model` needs it.
         resolution: See `FeatureExtractor`.
         device: Defaults to the first GPU, or the CPU.
+        codec: See `FeatureExtractor`.
 
     Raises:
         ValueError: Unknown form, unknown timm model, weights that do not fit, or a pipeline without image encoder.
@@ -123,7 +135,7 @@ def load_extractor(
         raise ValueError(f"unknown feature extractor {spec!r}; valid forms: {', '.join(EXTRACTORS)}")
     # A pipeline's own encoder stays where the pipeline is.
     device = pipe.device if spec == "model" else device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return FeatureExtractor(spec, network.eval().to(device), transform, weights_sha256, resolution, device)
+    return FeatureExtractor(spec, network.eval().to(device), transform, weights_sha256, resolution, device, codec)
 
 
 def extract_features(

@@ -27,7 +27,8 @@ def format_table(report: Mapping) -> str:
     parts = [
         f"# Evaluation of {subject.get('model') or subject['images']}" + (f" with {adapters}" if adapters else ""),
         f"{images} images at {extractor['resolution']} px. Features: `{extractor['spec']}` ({extractor['features']} "
-        f"numbers, weights sha256 {extractor['weights_sha256'][:12]}).",
+        f"numbers, weights sha256 {extractor['weights_sha256'][:12]})."
+        + (f" All images went through {codec} first." if (codec := extractor.get("codec")) else ""),
         "## Fidelity",
         "Synthetic (in brackets: real against real). KID is given × 1000 with its standard error.",
         _fidelity_text(report["fidelity"]),

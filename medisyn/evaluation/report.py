@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .agreement import LabelledFeatures, fit_classifier, label_agreement
+from .codec import Codec
 from .features import extract_features, load_extractor
 from .fidelity import NEAREST, fidelity, fidelity_by_value, nearest_training_distance
 from .inputs import (
@@ -65,6 +66,7 @@ def evaluate(
     label_columns: Mapping[str, str] | None = None,
     conditions: Sequence[str] | None = None,
     extractor: str = "inception",
+    codec: str | None = None,
     num_images: int = 600,
     num_inference_steps: int | None = None,
     guidance_scale: float | Mapping[str, float] | None = None,
@@ -94,6 +96,8 @@ def evaluate(
         conditions: Kinds of condition that the model is given of each real image, "text", "labels", "image"; only
             images that have all of them are used. None: captions and labels, as far as an image has them.
         extractor: One of `medisyn.evaluation.EXTRACTORS`.
+        codec: "webp:90", "jpeg:75": what all images pass through before the extractor sees them, so that traces of a
+            codec that only the real ones have do not count.
         num_images: Images to generate; of a folder, all are used.
         num_inference_steps: Of the sampler; None is the pipeline's default.
         guidance_scale: See `MediSynPipeline`; None is the pipeline's default.
@@ -112,7 +116,7 @@ def evaluate(
         The content of `report.json`.
 
     Raises:
-        ValueError: Unknown extractor or column, an ordinal column without an order, an adapter for images or of
+        ValueError: Unknown extractor, codec or column, an ordinal column without an order, an adapter for images or of
             another base, or real images that the model was trained on.
         FileNotFoundError: A source does not exist.
         FileExistsError: `out` has a folder `images` that no evaluation made.
@@ -123,6 +127,7 @@ def evaluate(
     if num_images < 1 or batch_size < 1:
         raise ValueError(f"num_images and batch_size must be at least 1, not {num_images} and {batch_size}")
     orders = parse_ordinal(ordinal)
+    through = None if codec is None else Codec.parse(codec)
     out = Path(out)
     if is_images(model_or_folder) and (adapter is not None or label_columns or conditions):
         raise ValueError(
@@ -144,7 +149,7 @@ def evaluate(
     real_values = nested_values(real, per)
     grades = _grades(orders, real, train, per)
     # Built before anything is generated, so that a missing weights file does not cost an hour.
-    features_of = load_extractor(extractor, pipe)
+    features_of = load_extractor(extractor, pipe, codec=through)
     out.mkdir(parents=True, exist_ok=True)
     if pipe is None:
         synthetic = open_images(model_or_folder)
@@ -179,6 +184,7 @@ def evaluate(
             "weights_sha256": features_of.weights_sha256,
             "features": features["real"].shape[1],
             "resolution": features_of.resolution,
+            "codec": codec,
         },
         "overlap": overlap,
         "fidelity": _fidelity(features, real_values, requested, groups, seed),

@@ -1,6 +1,4 @@
-r"""Put a trained pipeline into the package as the embedded default: files below 16 MB, 32 MB in all.
-
-The UNet's large matrices are stored in 8 bits (`eight_bits`), everything else in half precision.
+r"""Put a trained pipeline into the package as the embedded default: half precision, files below 16 MB, 32 MB in all.
 
 python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
 """
@@ -27,6 +25,7 @@ def embed(
     vae: Annotated[
         Path | None, typer.Option(help="Run whose autoencoder has the same encoder and a better decoder.")
     ] = None,
+    eight_bits: Annotated[bool, typer.Option(help="Store the UNet's large matrices in 8 bits.")] = False,
 ) -> None:
     """Save the pipeline of `run` into `folder` (replaced) and refuse it if it is too large to ship."""
     pipe = load_pipeline(run)
@@ -37,7 +36,8 @@ def embed(
             raise typer.BadParameter(f"{vae} has another encoder than {run}: its latents are not the model's")
         pipe.register_modules(vae=tuned)
     pipe.to(torch.float16)
-    to_eight_bits(pipe.unet)
+    if eight_bits:
+        to_eight_bits(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

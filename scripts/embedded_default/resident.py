@@ -61,7 +61,8 @@ class ResidentImages:
             rows = pool.map(lambda row: (preprocessor(images.image(row)) + 1) * 127.5, range(len(images)))
             self.pixels = torch.stack([pixels.round().byte() for pixels in rows]).to(self.device)
         self.may_flip = torch.from_numpy(images.may_flip() & data.horizontal_flip).to(self.device)
-        turns = [modality in NO_UPPER_SIDE for modality in images.column("modality")]
+        modalities = images.column("modality") if "modality" in images.column_names else [None] * len(images)
+        turns = [modality in NO_UPPER_SIDE for modality in modalities]
         self.may_turn = torch.tensor(turns, device=self.device)
         weights = torch.as_tensor(images.sampling_weights())
         self._cumulative = weights.cumsum(0).float().to(self.device)

@@ -2,8 +2,8 @@
 
 - A stage is a configuration beside this file and what the hardware changes in it. A stage that is done costs a moment,
   a stage that was cut off goes on: to resume is to run the same script again.
-- `gpu` sees as many images as `cpu` in fewer, larger steps, by numbers that are computed and not measured; but the
-  diffusion stage has settings of its own there, those of the model that is shipped, and sees many times as many.
+- `gpu` sees as many images as `cpu` in fewer, larger steps; in the diffusion stage far more of them, and trains a UNet
+  of twice the size there (`resident`). Its numbers are computed and not measured.
 """
 
 import math
@@ -19,6 +19,9 @@ STAGES = {"autoencoder": ("autoencoder", "decoder"), "dino": ("dino",)}
 SPLITS = {"data": "train", "validation": "validation"}
 LARGER_STEPS = 4  # how many steps of a CPU are one of a GPU
 RESIDENT = [  # the diffusion stage on a GPU, see `resident`
+    "task.preset=mini-wide",
+    "task.conditions.0.dropout=0.25",
+    "task.conditions.1.dropout=0.6",
     "train.batch_size=1024",
     "train.steps=20000",
     "train.ema_decay=0.9985",
@@ -46,6 +49,9 @@ def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = N
         data: Folder with `corpus/train-*.parquet`, `corpus/validation-*.parquet` and `weights/stlpips_alex.pth`.
         hardware: See `Hardware`.
         parts: A pipeline's folder whose autoencoder and image encoder are taken in place of those of earlier stages.
+
+    Raises:
+        FileNotFoundError: `parts` holds no image encoder.
     """
     file = HERE / f"{stage}.yaml"
     plain = load_config(file)

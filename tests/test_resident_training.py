@@ -1,0 +1,135 @@
+"""The diffusion stage that holds everything on its device, on a CPU: views, training in 8 bits, export and resuming.
+
+python -m pytest tests/test_resident_training.py
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from medisyn import load_pipeline
+from medisyn.eight_bits import EIGHT_BITS, is_eight_bit, rounded, to_eight_bits
+from tests.components import tiny_pipeline
+from tests.training import diffusion_config, write_base, write_images
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+KINDS = ("text", "image", "labels")
+
+
+@pytest.fixture
+def resident(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    module = importlib.import_module("embedded_default.resident")
+    monkeypatch.setattr(module, "REFRESH_EVERY", 2)
+    monkeypatch.setattr(module, "is_eight_bit", lambda name, weight: weight.ndim > 1 and "resnets" in name)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_images(tmp_path / "images")
+    write_base(tmp_path / "base", kinds=KINDS)
+
+    def configure(**changes):
+        data = {"horizontal_flip": True, "label_columns": {"gc": "gc"}} | changes.pop("data", {})
+        task = {"conditions": [{"type": "text", "train_encoder": True}, {"type": "image"}, {"type": "labels"}]}
+        changes["train"] = {"validation_images": 4, "ema_decay": 0.5} | changes.get("train", {})
+        return diffusion_config(tmp_path, data=data, task=task, validation_fraction=0.25, **changes)
+
+    return configure
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_large_matrices_are_stored_in_8_bits_and_read_into_any_precision(tmp_path, monkeypatch):
+    monkeypatch.setattr("medisyn.eight_bits.SMALLEST", 64)
+    unet = tiny_pipeline(kinds=KINDS).unet
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    to_eight_bits(unet).save_pretrained(tmp_path)
+    stored = unet.state_dict()
+    narrow = {name for name, weight in stored.items() if weight.dtype == EIGHT_BITS}
+    assert narrow == {name for name, weight in before.items() if is_eight_bit(name, weight)} and narrow
+    assert {weight.dtype for name, weight in stored.items() if name not in narrow} == {torch.float16}
+    assert not any(name.startswith(("conv_in", "conv_out", "time_embedding")) for name in narrow)
+    for dtype in (torch.float32, torch.float16):
+        read = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype).state_dict()
+        assert {weight.dtype for weight in read.values()} == {dtype}
+        assert all(torch.equal(read[name].float(), rounded(before[name])) for name in narrow)
+
+
+def test_views_are_the_image_its_mirror_image_and_others(resident, config):
+    data = resident.ResidentTraining(config()).data
+    assert data.latents.shape[:2] == (len(data), resident.VIEWS)
+    flipped = data.pixels.flip(3)
+    for view, pixels in ((0, data.pixels), (1, flipped)):
+        expected = data._encode(pixels)
+        assert (data.latents[:, view].float() - expected).abs().max() < 0.02
+    assert data.mirrored[:, 0].sum() == 0 and data.mirrored[:, 1].all()
+    drawn = data.latents[:, 2:].float() - data.latents[:, :1].float()
+    assert (drawn.flatten(2).norm(dim=2) > 0.1).float().mean() > 0.5
+
+
+def test_an_image_that_must_not_be_mirrored_never_is(resident, config):
+    data = resident.ResidentTraining(config(data={"horizontal_flip": False})).data
+    assert data.mirrored.sum() == 0 and torch.equal(data.latents[:, 0], data.latents[:, 1])
+
+
+def test_a_run_exports_the_pipeline_that_8_bits_hold(resident, config):
+    folder = resident.ResidentTraining(config(train={"steps": 8})).fit()
+    pipe = load_pipeline(folder / "pipeline")
+    changed = 0
+    for name, weight in pipe.unet.named_parameters():
+        if resident.is_eight_bit(name, weight):
+            assert torch.equal(weight, rounded(weight))
+            changed += 1
+    assert changed
+    image = pipe("bright square", num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+    log = read_log(folder)
+    assert sum("loss" in line for line in log) == 8 and "validation/error" in log[-1]
+
+
+def test_training_lowers_the_error(resident, config):
+    folder = resident.ResidentTraining(
+        config(train={"steps": 120, "batch_size": 16, "log_every": 20}, optim={"learning_rate": 3e-3})
+    ).fit()
+    losses = [line["loss"] for line in read_log(folder) if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_run_that_was_cut_off_goes_on(resident, config, monkeypatch):
+    training = resident.ResidentTraining(config(train={"steps": 8}))
+    original, calls = training._loss, []
+
+    def cut_off(count):
+        calls.append(count)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return original(count)
+
+    monkeypatch.setattr(training, "_loss", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit()
+    saved = max(int(folder.name.removeprefix("step_")) for folder in (training.folder / "checkpoints").iterdir())
+    again = resident.ResidentTraining(config(train={"steps": 8}))
+    again.fit()
+    steps = [line["step"] for line in read_log(training.folder) if "loss" in line]
+    assert 0 < saved < 6 and steps[-(8 - saved) :] == list(range(saved + 1, 9))
+
+
+def test_a_time_limit_ends_the_run(resident, config):
+    folder = resident.ResidentTraining(config(train={"steps": 100_000}), minutes=0.02).fit()
+    assert read_log(folder)[-1]["step"] < 10_000 and (folder / "pipeline" / "unet").is_dir()
+
+
+def test_a_loss_that_is_not_finite_is_an_error(resident, config):
+    training = resident.ResidentTraining(config())
+    training.weights[0].fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        training.fit()
