@@ -94,7 +94,7 @@ class Trainer:
                 f"{processes} processes"
             )
         if self.accelerator.is_main_process:
-            self._claim_folder()
+            claim_folder(self.folder, config)
         self.accelerator.wait_for_everyone()
         self.states: Any = self.accelerator  # what prepares the model, and keeps and restores it
         sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -251,25 +251,6 @@ class Trainer:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """Write the resolved configuration, or check that the run in this folder is the same."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recorded = self.folder / "config.yaml"
-        if recorded.is_file() and (self.folder / "checkpoints").is_dir():
-            before, now = (_flatten(config_to_dict(c)) for c in (load_config(recorded), self.config))
-            different = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-            different = [key for key in different if key not in _MAY_DIFFER]
-            if different:
-                key = different[0]
-                raise ValueError(
-                    f"{self.folder} holds a run of another configuration: {key} was {before.get(key)!r}, now "
-                    f"{now.get(key)!r}; choose another output_dir or restore "
-                    f"{'it' if len(different) == 1 else ', '.join(different)}"
-                )
-        partial = recorded.with_suffix(".partial")
-        save_config(self.config, partial)
-        partial.replace(recorded)
-
     def _resume(self) -> int:
         checkpoint = latest_checkpoint(self.folder)
         if checkpoint is None:
@@ -324,6 +305,26 @@ class Trainer:
             for stale in folder.glob("partial_*"):
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()
+
+
+def claim_folder(folder: Path, config: TrainConfig) -> None:
+    """Write the resolved configuration, or check that the run in this folder is the same, else raise ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded = folder / "config.yaml"
+    if recorded.is_file() and (folder / "checkpoints").is_dir():
+        before, now = (_flatten(config_to_dict(c)) for c in (load_config(recorded), config))
+        different = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+        different = [key for key in different if key not in _MAY_DIFFER]
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{folder} holds a run of another configuration: {key} was {before.get(key)!r}, now "
+                f"{now.get(key)!r}; choose another output_dir or restore "
+                f"{'it' if len(different) == 1 else ', '.join(different)}"
+            )
+    partial = recorded.with_suffix(".partial")
+    save_config(config, partial)
+    partial.replace(recorded)
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

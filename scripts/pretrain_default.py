@@ -25,7 +25,7 @@ def main(
     parts: Annotated[
         Path | None, typer.Option(help="Pipeline whose autoencoder and image encoder are taken, not trained anew.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="On a GPU: how long the diffusion stage may take.")] = math.inf,
+    minutes: Annotated[float, typer.Option(min=0.1, help="On a GPU: when the last stage stops learning.")] = math.inf,
 ) -> None:
     """Run the stages that are not done yet."""
     for earlier in ("autoencoder", "dino") if parts is None else ():

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 
 from medisyn import load_pipeline
 from medisyn.eight_bits import EIGHT_BITS, is_eight_bit, rounded, to_eight_bits
-from tests.components import tiny_pipeline
+from tests.components import tiny_image_encoder, tiny_pipeline
 from tests.training import diffusion_config, write_base, write_images
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -32,13 +32,17 @@ def resident(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     write_images(tmp_path / "images")
-    write_base(tmp_path / "base", kinds=KINDS)
+    write_base(tmp_path / "base", kinds=("text", "labels"))
+    for part in tiny_image_encoder():
+        part.save_pretrained(tmp_path / "encoder")
+    image = {"type": "image", "encoder": str(tmp_path / "encoder"), "noise": 0.3}
 
-    def configure(**changes):
-        data = {"horizontal_flip": True, "label_columns": {"gc": "gc"}} | changes.pop("data", {})
-        task = {"conditions": [{"type": "text", "train_encoder": True}, {"type": "image"}, {"type": "labels"}]}
-        changes["train"] = {"validation_images": 4, "ema_decay": 0.5} | changes.get("train", {})
-        return diffusion_config(tmp_path, data=data, task=task, validation_fraction=0.25, **changes)
+    def configure(data=None, task=None, train=None, **changes):
+        data = {"horizontal_flip": True, "label_columns": {"gc": "gc"}} | (data or {})
+        conditions = [{"type": "text", "train_encoder": True}, image, {"type": "labels"}]
+        task = {"conditions": conditions} | (task or {})
+        train = {"validation_images": 4, "ema_decay": 0.5, "mixed_precision": "bf16"} | (train or {})
+        return diffusion_config(tmp_path, data=data, task=task, train=train, validation_fraction=0.25, **changes)
 
     return configure
 
@@ -121,6 +125,45 @@ def test_a_run_that_was_cut_off_goes_on(resident, config, monkeypatch):
     again.fit()
     steps = [line["step"] for line in read_log(training.folder) if "loss" in line]
     assert 0 < saved < 6 and steps[-(8 - saved) :] == list(range(saved + 1, 9))
+
+
+def test_a_finished_run_is_exported_again_without_training(resident, config, monkeypatch):
+    first = resident.ResidentTraining(config(train={"steps": 4}))
+    first.fit()
+    again = resident.ResidentTraining(config(train={"steps": 4}))
+    monkeypatch.setattr(again, "_loss", None)
+    before = load_pipeline(first.folder / "pipeline").unet.state_dict()
+    after = load_pipeline(again.fit() / "pipeline").unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(resident, config):
+    resident.ResidentTraining(config(train={"steps": 2})).fit()
+    with pytest.raises(ValueError, match=r"another configuration: optim\.learning_rate"):
+        resident.ResidentTraining(config(train={"steps": 2}, optim={"learning_rate": 0.5}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"train": {"mixed_precision": "no"}}, {"train": {"accumulation": 2}}, {"task": {"min_snr_gamma": 5}}]
+)
+def test_what_is_not_done_here_is_refused(resident, config, changes):
+    with pytest.raises(ValueError, match="valid: "):
+        resident.ResidentTraining(config(**changes))
+
+
+def test_noise_on_embeddings_is_that_of_the_pipeline(resident, config):
+    training = resident.ResidentTraining(config())
+    embeds = torch.randn(8, *training.data.image_embeds(torch.tensor([0]), torch.tensor([0])).shape[1:])
+    levels, noise = torch.linspace(0, 1, 8), torch.randn_like(embeds)
+    expected = training.pipe.noise_image_embeds(embeds, levels, noise)
+    assert torch.allclose(training.noise(embeds, levels, noise), expected, atol=1e-5)
+
+
+def test_no_timestep_is_past_the_last_one(resident, config, monkeypatch):
+    """Where a uniform number rounds up to a whole one in float32."""
+    training = resident.ResidentTraining(config())
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.full(shape, 1 - 2**-24))
+    assert training._loss(4).isfinite()
 
 
 def test_a_time_limit_ends_the_run(resident, config):

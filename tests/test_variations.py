@@ -21,7 +21,7 @@ from medisyn.evaluation.scores import score_values
 from medisyn.evaluation.utility_classifier import CnnClassifier
 from medisyn.evaluation.variations import compare_with_parents, evaluate_variations, recompressed, strangers
 from tests.components import tiny_pipeline
-from tests.evaluation import evaluation_data
+from tests.evaluation import evaluation_data, write_images
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("modality", "finding")
@@ -150,6 +150,13 @@ def test_an_interrupted_run_goes_on_and_a_model_without_text_has_no_prompts(data
 def test_what_cannot_be_measured_is_refused_before_anything_is_made(data, tmp_path, kinds, options, message):
     with pytest.raises(ValueError, match=message):
         measure(data, tiny_pipeline(kinds), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_images_without_two_classes_are_refused_before_anything_is_made(data, tmp_path):
+    write_images(tmp_path / "one", 6, 9, pairs=[("CT", "normal"), ("fundus", "normal")])
+    with pytest.raises(ValueError, match="no two classes of finding to tell apart"):
+        measure(data | {"train": str(tmp_path / "one")}, tiny_pipeline(kinds=("image",)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -55,7 +55,7 @@ def evaluate(
     ] = "inception",
     codec: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT:QUALITY", help="All images pass through it first: webp:90, jpeg:75."),
+        typer.Option(metavar="FORMAT:QUALITY", help="The extractor sees all images through it: webp:90."),
     ] = None,
     cnn: JudgeOption = None,
     cnn_steps: JudgeStepsOption = JUDGE_STEPS,

@@ -40,9 +40,7 @@ class Codec:
         name, _, quality = text.partition(":")
         choose("codec", name, FORMATS)
         if not quality.isdecimal() or not 1 <= int(quality) <= 100:
-            raise ValueError(
-                f"a codec is FORMAT:QUALITY, from 1 to 100, such as {name}:90, not {text!r}"
-            )
+            raise ValueError(f"a codec is FORMAT:QUALITY, from 1 to 100, such as {name}:90, not {text!r}")
         return cls(name, int(quality))
 
     def __call__(self, image: Image.Image) -> Image.Image:

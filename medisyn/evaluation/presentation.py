@@ -28,7 +28,7 @@ def format_table(report: Mapping) -> str:
         f"# Evaluation of {subject.get('model') or subject['images']}" + (f" with {adapters}" if adapters else ""),
         f"{images} images at {extractor['resolution']} px. Features: `{extractor['spec']}` ({extractor['features']} "
         f"numbers, weights sha256 {extractor['weights_sha256'][:12]})."
-        + (f" All images went through {codec} first." if (codec := extractor.get("codec")) else ""),
+        + (f" The extractor saw all images through {codec}." if (codec := extractor.get("codec")) else ""),
         "## Fidelity",
         "Synthetic (in brackets: real against real). KID is given × 1000 with its standard error.",
         _fidelity_text(report["fidelity"]),

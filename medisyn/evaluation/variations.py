@@ -11,7 +11,6 @@
     report["similarity"]["variation"]   # {"images": .., "median": .., "median_interval": [.., ..]}
 """
 
-import io
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from ..generation.requests import Request, make_requests, read_image
 from ..generation.strategies import STRATEGIES, parse_strategy
 from ..generation.synthesize import synthesize
 from .agreement import LabelledFeatures, fit_classifier, label_agreement
+from .codec import Codec
 from .features import FeatureExtractor, extract_features
 from .fidelity import fidelity, split_halves
 from .inputs import groups_of, nested_values, source_names, without_overlap
@@ -95,8 +95,8 @@ def evaluate_variations(
         (see the function) and `checks` (name to boolean).
 
     Raises:
-        ValueError: A strategy without a single parent, a model without an image condition, no such column, too few
-            parents, or real images that the model was trained on.
+        ValueError: A strategy without a single parent, a model without an image condition, no such column, no two
+            classes to tell apart, too few parents, or real images that the model was trained on.
         FileExistsError: `out` has the images of another request.
     """
     chosen = parse_strategy(strategy)
@@ -104,7 +104,7 @@ def evaluate_variations(
         valid = ", ".join(name for name, each in STRATEGIES.items() if each.label_rule == "inherited")
         raise ValueError(f"a variation has one parent, which strategy {chosen.name!r} does not give; valid: {valid}")
     check_condition(pipe, chosen)
-    nested_values(train, columns)  # says what is missing
+    _check_classes(nested_values(train, columns), columns)
     real, overlap = without_overlap(pipe, real, train, adapter=adapter)
     classes, groups = nested_values(real, columns)[columns[-1]], groups_of(real, group_column)
     _, half = split_halves(groups or range(len(real)), classes, seed)
@@ -163,14 +163,20 @@ def evaluate_variations(
     return report
 
 
+def _check_classes(values: Mapping[str, Sequence[str | None]], columns: Sequence[str]) -> None:
+    """Raise ValueError if the training images have nowhere two classes of the last column."""
+    outer = values[columns[-2]] if len(columns) > 1 else [""] * len(values[columns[-1]])
+    known = {(above, value) for above, value in zip(outer, values[columns[-1]], strict=True) if value is not None}
+    if len(known) <= len({above for above, _ in known}):
+        raise ValueError(f"the training images have no two classes of {columns[-1]} to tell apart")
+
+
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
 def recompressed(image: Image.Image, size: int, quality: int) -> Image.Image:
     """An RGB image, cut to a square of `size` pixels, after JPEG of a quality from 1 to 95."""
-    file = io.BytesIO()
-    ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
+    return Codec("jpeg", quality)(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
 def strangers(

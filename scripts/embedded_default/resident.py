@@ -3,154 +3,40 @@
 - What is learnt is the diffusion task's own (`medisyn.tasks.diffusion`): pipeline, conditions, wiring, validation and
   export. Only where numbers come from differs: rows, noise and dropout are drawn on the GPU. A run can be repeated,
   not reproduced to the bit, and a step costs what the UNet costs.
-- More views than the mirror image: quarter turns where there is no upper side, and shifts of a few pixels, which fall
-  on other places of the autoencoder's blocks. They are drawn anew all the time.
+- Images are seen in many views, which are drawn anew all the time (`resident_images`).
 - Towards the end the forward pass sees the matrices as 8 bits hold them and gradients go straight through (Jacob et
   al. 2018, arXiv 1712.05877): what is shipped is what was trained.
 """
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
-from PIL import ImageOps
+from diffusers import DDPMScheduler
+from diffusers.models.embeddings import get_timestep_embedding
+from embedded_default.resident_images import VIEWS, WORDINGS, ResidentImages
 from torch import Tensor
 from torch.nn import functional
 
 from medisyn.conditions import condition_dropout, drop
+from medisyn.conditions.image import NOISE_CHANNELS
 from medisyn.config import DataConfig, TrainConfig
 from medisyn.data.loading import ImageDataset
-from medisyn.data.preprocessing import Preprocessor
 from medisyn.eight_bits import is_eight_bit, rounded
 from medisyn.losses import diffusion_target
-from medisyn.paraphrases import perhaps_paraphrase
-from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.tasks.base import item_seed
 from medisyn.tasks.diffusion import DiffusionTask
-from medisyn.trainer import latest_checkpoint, learning_rate_factor
+from medisyn.trainer import claim_folder, latest_checkpoint, learning_rate_factor
 
-NO_UPPER_SIDE = {"histopathology", "blood smear microscopy", "dermoscopy"}
-VIEWS = 8  # of an image; the first two are the image and its mirror image
-WORDINGS = 8  # of a caption; the first one is the caption
-SHIFT = 3  # pixels at most
-REFRESH_EVERY, REFRESHED = 20, 1024  # steps, views
+REFRESH_EVERY, REFRESHED = 20, 1024  # steps, images with a view
 EIGHT_BIT_SHARE = 0.25  # of the run
-CHUNK = 512  # images
-
-
-class ResidentImages:
-    """Training images in the memory of the pipeline's device, with many views; a `CachedImages` without its latents.
-
-    Attributes:
-        latents: Scaled, float16 (N, VIEWS, C, h, w).
-        mirrored: Whether a view is a mirror image, (N, VIEWS) of 0 and 1.
-        tokens: Of the wordings of each caption, (N, WORDINGS, window).
-    """
-
-    def __init__(self, pipe: MediSynPipeline, images: ImageDataset, data: DataConfig, paraphrase: float) -> None:
-        self.pipe, self.images, self.device = pipe, images, pipe.device
-        preprocessor = Preprocessor.from_config(data)
-        with ThreadPoolExecutor() as pool:
-            rows = pool.map(lambda row: (preprocessor(images.image(row)) + 1) * 127.5, range(len(images)))
-            self.pixels = torch.stack([pixels.round().byte() for pixels in rows]).to(self.device)
-        self.may_flip = torch.from_numpy(images.may_flip() & data.horizontal_flip).to(self.device)
-        modalities = images.column("modality") if "modality" in images.column_names else [None] * len(images)
-        turns = [modality in NO_UPPER_SIDE for modality in modalities]
-        self.may_turn = torch.tensor(turns, device=self.device)
-        weights = torch.as_tensor(images.sampling_weights())
-        self._cumulative = weights.cumsum(0).float().to(self.device)
-        self._embeds = self._embed_images() if "image" in pipe.kinds else None
-        rng = Random(0)
-        shares = [0.0] + [paraphrase] * (WORDINGS - 1)
-        texts = [perhaps_paraphrase(caption, share, rng) for caption in images.captions for share in shares]
-        self.tokens = self.tokenize(texts).view(len(images), WORDINGS, -1)
-        shape = self._encode(self.pixels[:1]).shape[1:]
-        self.latents = torch.empty(len(images), VIEWS, *shape, dtype=torch.float16, device=self.device)
-        self.mirrored = torch.zeros(len(images), VIEWS, dtype=torch.long, device=self.device)
-        for view in range(VIEWS):
-            for part in torch.arange(len(images), device=self.device).split(CHUNK):
-                self.draw_views(part, torch.full_like(part, view))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def embeddings(self, kind: str, rows: Sequence[int], flips: Any = False) -> Tensor | None:
-        """As those of `CachedImages`, without mirror images."""
-        return self._embeds[list(rows), 0] if kind == "image" and self._embeds is not None else None
-
-    def image_embeds(self, rows: Tensor, views: Tensor) -> Tensor:
-        """Embeddings of these views, (B, T, width), those of turned or shifted images without that."""
-        return self._embeds[rows, self.mirrored[rows, views]]
-
-    def examples(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """As those of `CachedImages`."""
-        return [{"caption": self.images.captions[row], "labels": self.images.labels[row]} for row in rows]
-
-    def draw_rows(self, count: int) -> Tensor:
-        """Rows by their sampling weights, (count,)."""
-        drawn = torch.searchsorted(self._cumulative, torch.rand(count, device=self.device))
-        return drawn.clamp(max=len(self) - 1)
-
-    def tokenize(self, texts: Sequence[str | None]) -> Tensor:
-        """Token numbers, (len(texts), window)."""
-        options = {"padding": "max_length", "max_length": self.pipe.text_window, "truncation": True}
-        tokens = self.pipe.tokenizer([text or "" for text in texts], **options, return_tensors="pt")
-        return tokens.input_ids.to(self.device)
-
-    @torch.no_grad()
-    def draw_views(self, rows: Tensor, views: Tensor) -> None:
-        """Encode these views (B,) of these rows (B,) anew: 0 is the image, 1 its mirror image, others are drawn."""
-        pixels, drawn = self.pixels[rows], views > 1
-
-        def chosen() -> Tensor:
-            return torch.rand(len(rows), device=self.device) < 0.5
-
-        def apply(where: Tensor, changed: Tensor) -> Tensor:
-            return torch.where(where.view(-1, 1, 1, 1), changed, pixels)
-
-        flip = self.may_flip[rows] & ((views == 1) | (drawn & chosen()))
-        pixels = apply(flip, pixels.flip(3))
-        for turns in (2, 1):  # quarter turns
-            pixels = apply(self.may_turn[rows] & drawn & chosen(), pixels.rot90(turns, (2, 3)))
-        size, shifted = pixels.shape[-1], (drawn & chosen())[:, None]
-        shift = torch.randint(-SHIFT, SHIFT + 1, (len(rows), 2), device=self.device) * shifted
-        place = torch.arange(size, device=self.device)
-        places = [(place + shift[:, axis, None]).abs() for axis in (0, 1)]
-        down, across = (torch.where(where >= size, 2 * (size - 1) - where, where) for where in places)
-        item = torch.arange(len(rows), device=self.device)[:, None, None]
-        pixels = pixels.permute(0, 2, 3, 1)[item, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)
-        self.latents[rows, views] = self._encode(pixels).half()
-        self.mirrored[rows, views] = flip.long()
-
-    @torch.no_grad()
-    def _encode(self, pixels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
-            images = pixels.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-            return self.pipe.scale_latents(self.pipe.encode_latents(images)["mean"].float())
-
-    @torch.no_grad()
-    def _embed_images(self) -> Tensor:
-        """Of the images and their mirror images, (N, 2, T, width)."""
-
-        def read(rows: range) -> list[Any]:
-            plain = [self.images.image(row) for row in rows]
-            views = (plain, [ImageOps.mirror(image) for image in plain])
-            return [self.pipe.feature_extractor(view, return_tensors="pt").pixel_values for view in views]
-
-        chunks = [range(start, min(start + CHUNK, len(self))) for start in range(0, len(self), CHUNK)]
-        encoder, found = self.pipe.image_encoder, []
-        with ThreadPoolExecutor() as pool:
-            for views in pool.map(read, chunks):
-                outputs = [encoder(view.to(encoder.device, encoder.dtype)) for view in views]
-                found.append(torch.stack([output.pooler_output[:, None].float() for output in outputs], dim=1))
-        return torch.cat(found)
 
 
 class ResidentTask(DiffusionTask):
@@ -162,48 +48,76 @@ class ResidentTask(DiffusionTask):
         return ResidentImages(self.pipe, images, data, self._paraphrase)
 
 
+class EmbeddingNoise:
+    """`MediSynPipeline.noise_image_embeds` with all it needs on the device: there, each call copies from the CPU."""
+
+    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+        self.level = settings["level"]
+        self.mean, self.std = (torch.tensor(settings[name], device=device) for name in ("mean", "std"))
+        self.kept = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.to(device)
+
+    def __call__(self, embeds: Tensor, levels: Tensor, noise: Tensor) -> Tensor:
+        """Image tokens (B, T, width) with noise of levels (B,) in [0, 1], and the levels' sinusoids behind."""
+        steps = (levels * 999).round().long()
+        kept = self.kept[steps][:, None, None]
+        noised = (kept.sqrt() * (embeds - self.mean) / self.std + (1 - kept).sqrt() * noise) * self.std + self.mean
+        embeds = torch.where((steps > 0)[:, None, None], noised, embeds)
+        channels = get_timestep_embedding(steps, NOISE_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        return torch.cat([embeds, channels[:, None]], dim=-1)
+
+
 class ResidentTraining:
     """Trains UNet and text encoder. `fit` returns the run folder with `pipeline/` in it; run again, it goes on.
 
     Args:
         config: Of a diffusion task with a text encoder that is trained along.
-        minutes: When the learning rate has fallen to zero, if the steps are not done before.
+        minutes: When the learning rate has fallen to zero if the steps are not done before, counted from here: data
+            are prepared within them, the pipeline is written after them.
 
     Raises:
-        FloatingPointError: (from `fit`) the loss is not finite; the last good checkpoint stays.
+        ValueError: The folder holds a run of another configuration, or this one asks for what is not done here.
+        FloatingPointError: (from `fit`) loss or weights are not finite; the last good checkpoint stays.
     """
 
     def __init__(self, config: TrainConfig, minutes: float = math.inf) -> None:
+        if minutes <= 0:
+            raise ValueError(f"minutes must be above 0, not {minutes}")
+        _check_options(config)
+        self.start = time.monotonic()
         self.config, self.limit, self.folder = config, minutes * 60, Path(config.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        claim_folder(self.folder, config)
         torch.manual_seed(config.train.seed)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         self.task = ResidentTask(config)
         self.pipe, self.data, self.device = self.task.pipe, self.task.data, self.task.pipe.device
+        if "logvar" in self.pipe.encode_latents(torch.zeros(1, 3, 64, 64)):
+            raise ValueError("an autoencoder with a posterior is trained on by `medisyn train`, not here")
         unet = self.pipe.unet.to(memory_format=torch.channels_last)
         self.denoiser = torch.compile(unet) if self.device.type == "cuda" else unet
         groups = self.task.parameter_groups(config.optim)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.learning_rate, betas=config.optim.betas, fused=True)
         self.weights = [parameter.data for group in groups for parameter in group["params"]]
         self.average = [weight.clone() for weight in self.weights]
-        self.matrices = [
-            parameter.data for name, parameter in unet.named_parameters() if is_eight_bit(name, parameter)
-        ]
+        self.matrices = [weight.data for name, weight in unet.named_parameters() if is_eight_bit(name, weight)]
         labels = next((c for c in self.task.conditions if c.kind == "labels"), None)
         every = range(len(self.data))
         self.labels = labels and labels.encode(self.pipe, self.data.examples(every)).to(self.device)
         self.empty = self.data.tokenize([""])
+        noise = self.pipe.config.get("image_noise")
+        self.noise = EmbeddingNoise(noise, self.device) if noise else None
 
     def fit(self) -> Path:
         """Run (or resume) to the end and export."""
         loop, optim = self.config.train, self.config.optim
         step, before = self._resume()
-        start = window = time.monotonic()
-        share, losses, next_save, next_validation = 0.0, [], 0.1, 0.0
+        torch.manual_seed(item_seed(loop.seed, step, 0))
+        self.task.train()
+        share, losses, window = max(step / loop.steps, before / self.limit), [], time.monotonic()
+        next_save, next_validation = share + 0.2, share
         while share < 1:
             if step % REFRESH_EVERY == 0:
-                rows = self.data.draw_rows(REFRESHED)
+                rows = torch.randperm(len(self.data), device=self.device)[:REFRESHED]
                 self.data.draw_views(rows, torch.randint(2, VIEWS, rows.shape, device=self.device))
             rate = min(1.0, (step + 1) / max(1, optim.warmup_steps)) * optim.learning_rate
             for group in self.optimizer.param_groups:
@@ -217,19 +131,18 @@ class ResidentTraining:
             torch._foreach_lerp_(self.average, self.weights, max(1 - loop.ema_decay, (step + 1) ** -0.75))
             losses.append(loss.detach())
             step += 1
-            seconds = before + time.monotonic() - start
+            seconds = before + time.monotonic() - self.start
             share = max(step / loop.steps, seconds / self.limit)
             if step % loop.log_every and share < 1:
                 continue
             error = torch.stack(losses).mean().item()
-            if not math.isfinite(error):
-                raise FloatingPointError(f"the loss is {error} at step {step}; try a lower optim.learning_rate")
+            self._require_finite(error, step)
             speed = len(losses) * loop.batch_size / (time.monotonic() - window)
             self._log({"step": step, "share": share, "loss": error, "images_per_second": speed})
             if share >= next_validation:
                 next_validation = share + 0.25
                 self._validate(step)
-            if share >= next_save:
+            if share >= min(next_save, 1):
                 next_save = share + 0.2
                 self._save(step, seconds)
             losses, window = [], time.monotonic()
@@ -237,6 +150,14 @@ class ResidentTraining:
         self._log({"step": step} | self._metrics())
         self.task.export(self.folder)
         return self.folder
+
+    def _require_finite(self, error: float, step: int) -> None:
+        norm = torch.stack(torch._foreach_norm(self.weights)).norm().item()
+        if not math.isfinite(error + norm):
+            raise FloatingPointError(
+                f"the loss is {error} and the norm of the weights {norm} at step {step}; last good checkpoint: "
+                f"{latest_checkpoint(self.folder) or 'none'}; try a lower optim.learning_rate"
+            )
 
     def _loss(self, count: int) -> Tensor:
         """The denoising loss of a batch that is drawn here."""
@@ -246,7 +167,8 @@ class ResidentTraining:
         noise = torch.randn_like(latents)
         # one timestep in each of `count` equal parts: the same distribution with less variance
         places = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
-        timesteps = (places * noising.config.num_train_timesteps).long()
+        last = noising.config.num_train_timesteps - 1
+        timesteps = (places * (last + 1)).long().clamp(max=last)  # rounding makes a place 1.0 now and then
         noisy = noising.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             prediction = self.denoiser(noisy, timesteps, **self._conditions(rows, views)).sample
@@ -263,8 +185,9 @@ class ResidentTraining:
         arguments = {"prompt_embeds": pipe.text_encoder(tokens).last_hidden_state}
         if "image" in keep:
             image = self.data.image_embeds(rows, views)
-            levels = (pipe.config.get("image_noise") or {}).get("level", 0.0) * torch.rand(len(rows), device=device)
-            image = pipe.noise_image_embeds(image, levels, torch.randn_like(image))
+            if self.noise is not None:
+                levels = self.noise.level * torch.rand(len(rows), device=device)
+                image = self.noise(image, levels, torch.randn_like(image))
             arguments["image_embeds"] = drop(image, torch.zeros_like(image), keep["image"])
         if "labels" in keep:
             labels = self.labels[rows]
@@ -279,8 +202,10 @@ class ResidentTraining:
             return
         kept = [matrix.clone() for matrix in self.matrices]
         torch._foreach_copy_(self.matrices, [rounded(matrix) for matrix in self.matrices])
-        yield
-        torch._foreach_copy_(self.matrices, kept)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.matrices, kept)
 
     # ---- what it leaves ----
 
@@ -295,6 +220,8 @@ class ResidentTraining:
         torch._foreach_copy_(self.matrices, [rounded(matrix) for matrix in self.matrices])
 
     def _metrics(self) -> dict[str, float]:
+        if self.config.validation is None and not self.config.validation_fraction:
+            return {}
         self.task.eval()
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             metrics = self.task.validate(self.config.train.validation_images)
@@ -310,13 +237,13 @@ class ResidentTraining:
     def _save(self, step: int, seconds: float) -> None:
         folder = self.folder / "checkpoints"
         partial = folder / "partial"
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
         torch.save(state | {"step": step, "seconds": seconds}, partial / "state.pt")
         partial.rename(folder / f"step_{step:08d}")
         for old in sorted(folder.glob("step_*"))[:-1]:
-            (old / "state.pt").unlink()
-            old.rmdir()
+            shutil.rmtree(old)
 
     def _resume(self) -> tuple[int, float]:
         """Steps done and seconds spent."""
@@ -328,3 +255,22 @@ class ResidentTraining:
         torch._foreach_copy_(self.average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         return state["step"], state["seconds"]
+
+
+def _check_options(config: TrainConfig) -> None:
+    """Raise ValueError for what `DiffusionTask` does and `ResidentTraining` does not."""
+    task, texts = config.task, [condition for condition in config.task.conditions if condition.type == "text"]
+    here = {
+        "train.accumulation": (config.train.accumulation, 1),
+        "train.mixed_precision": (config.train.mixed_precision, "bf16"),
+        "task.method": (task.method or "full", "full"),
+        "task.min_snr_gamma": (task.min_snr_gamma, 0),
+        "task.noise_offset": (task.noise_offset, 0),
+        "task.prior": (task.prior, None),
+        "train_encoder of the text condition": (any(text.train_encoder for text in texts), True),
+    }
+    for name, (asked, valid) in here.items():
+        if asked != valid:
+            raise ValueError(
+                f"{name}={asked!r} is not for training on one GPU that holds everything; valid: {valid!r}"
+            )

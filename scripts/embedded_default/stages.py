@@ -48,7 +48,8 @@ def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = N
         stage: Name of a YAML file beside this one.
         data: Folder with `corpus/train-*.parquet`, `corpus/validation-*.parquet` and `weights/stlpips_alex.pth`.
         hardware: See `Hardware`.
-        parts: A pipeline's folder whose autoencoder and image encoder are taken in place of those of earlier stages.
+        parts: A pipeline's folder whose autoencoder and image encoder are taken in place of those of earlier stages;
+            the encoder and its feature extractor are copied into one folder of the run.
 
     Raises:
         FileNotFoundError: `parts` holds no image encoder.
@@ -91,7 +92,7 @@ def run_diffusion(data: Path, hardware: Hardware, parts: Path | None = None, min
         data: See `configure`.
         hardware: See `Hardware`.
         parts: See `configure`.
-        minutes: On a GPU: how long it may take.
+        minutes: On a GPU: when it stops learning, see `ResidentTraining`.
     """
     config = configure("diffusion", data, hardware, parts)
     if hardware is Hardware.CPU:
