@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medisyn import load_pipeline
 from medisyn.eight_bits import EIGHT_BITS, is_eight_bit, rounded, to_eight_bits
 from tests.components import tiny_image_encoder, tiny_pipeline
-from tests.training import diffusion_config, write_base, write_images
+from tests.training import GPU, diffusion_config, to_fake_gpu, write_base, write_images
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 KINDS = ("text", "image", "labels")
@@ -176,3 +177,22 @@ def test_a_loss_that_is_not_finite_is_an_error(resident, config):
     training.weights[0].fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="learning_rate"):
         training.fit()
+
+
+def test_a_step_runs_on_one_device(resident, config):
+    """With fake tensors on a GPU; the pass back needs a real one."""
+    training = resident.ResidentTraining(config())
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    to_fake_gpu(mode, training.task, training.pipe)
+    with mode:
+        for owner in (training, training.data, training.noise):
+            for name, value in vars(owner).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(owner, name, torch.empty(value.shape, dtype=value.dtype, device=GPU))
+        training.device = training.data.device = GPU
+        training.matrices = [weight.data for weight in training.pipe.unet.parameters() if weight.ndim > 1]
+        training.task.noising.alphas_cumprod = torch.ones(1000)  # on the CPU, as it is before the first step
+        rows = torch.arange(4, device=GPU)
+        training.data.draw_views(rows, rows + 2)
+        with training._in_eight_bits(True):
+            assert training._loss(4).device == GPU

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medisyn.config import TrainConfig, parse_config
 from tests.components import tiny_pipeline
 
+GPU = torch.device("cuda", 0)
 CAPTIONS = ("bright square", "dark disc", "grey stripes")
 
 
@@ -54,3 +58,31 @@ def _config(folder: Path, run: str, task: dict, data: dict, changes: dict) -> Tr
     merged = {name: tree[name] | changes.get(name, {}) for name in tree}
     merged |= {name: value for name, value in changes.items() if name not in tree}
     return parse_config({"output_dir": str(folder / run)} | merged)
+
+
+def to_fake_gpu(mode: FakeTensorMode, *owners: object) -> None:
+    """What `Module.to` does on a machine that has a GPU: weights and buffers of all modules that the owners hold."""
+    moved: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in moved:
+            with mode:
+                copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=GPU)
+            same = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(copy, requires_grad=tensor.requires_grad) if same else copy
+        return moved[id(tensor)]
+
+    def modules(held: object):
+        if isinstance(held, nn.Module):
+            yield from held.modules()
+        elif isinstance(held, (tuple, list)):
+            for each in held:
+                yield from modules(each)
+
+    for owner in owners:
+        for held in (owner, *vars(owner).values()):
+            for module in modules(held):
+                for tensors in (module._parameters, module._buffers):
+                    for name, tensor in tensors.items():
+                        if tensor is not None and tensor.device != GPU:
+                            tensors[name] = move(tensor)
