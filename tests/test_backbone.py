@@ -22,6 +22,7 @@ from medisyn.backbone import (
     model_hash,
 )
 from medisyn.conditions import ImageCondition, LabelSchema, LabelsCondition, TextCondition, conditions_of
+from medisyn.eight_bits import to_eight_bits
 from tests.components import (
     IMAGE_WIDTH,
     LABEL_SCHEMA,
@@ -69,6 +70,15 @@ class TestPresets:
         # at most 32 MB of weights in half precision
         assert sum(value.num_parameters() for value in (pipe.vae, pipe.unet, pipe.text_encoder)) < 16e6
 
+    def test_mini_wide_takes_twice_the_weights_and_stays_within_32_mb(self):
+        """With its UNet's matrices in 8 bits and the image encoder of the embedded default beside it."""
+        pipe = create_pipeline("mini-wide", conditions=["text", "labels"])
+        assert pipe.unet.num_parameters() > 1.8 * create_pipeline("mini").unet.num_parameters()
+        to_eight_bits(pipe.unet)
+        stored = sum(weight.numel() * weight.element_size() for weight in pipe.unet.state_dict().values())
+        halves = 2 * sum(part.num_parameters() for part in (pipe.vae, pipe.text_encoder))
+        assert stored + halves + 1_760_000 < 32_000_000
+
     @pytest.mark.parametrize("name", PRESETS)
     def test_shapes_fit_together(self, name, monkeypatch):
         preset = PRESETS[name]
@@ -95,9 +105,9 @@ class TestPresets:
         assert pipe("x", **options).images.isfinite().all()
 
     def test_names_are_checked(self):
-        with pytest.raises(ValueError, match="Did you mean 'mini'.*mini, small, sd"):
+        with pytest.raises(ValueError, match="Did you mean 'mini'.*mini, mini-wide, small, sd"):
             create_pipeline("mimi")
-        with pytest.raises(ValueError, match="Valid: mini, small, sd"):
+        with pytest.raises(ValueError, match="Valid: mini, mini-wide, small, sd"):
             create_autoencoder("sd3")
         with pytest.raises(ValueError, match="Unknown kind of condition 'sound'.*text"):
             create_pipeline("mini", conditions=["sound"])
