@@ -1,8 +1,8 @@
 """The last step that two sets of images have in common: a lossy codec.
 
-Real images mostly come from JPEG or WebP files and drawn ones do not, and features see the difference (Parmar et al.
-2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", section 3.3, for JPEG). Passed through one
-codec, both have its traces.
+Real images often come from JPEG or WebP files and drawn ones do not, and features see the difference (Parmar et al.
+2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", for JPEG). Passed through one codec, both have
+its traces.
 
     codec = Codec.parse("webp:90")
     codec(image)

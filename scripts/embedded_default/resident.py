@@ -139,7 +139,7 @@ class ResidentTraining:
             self._require_finite(error, step)
             speed = len(losses) * loop.batch_size / (time.monotonic() - window)
             self._log({"step": step, "share": share, "loss": error, "images_per_second": speed})
-            if share >= next_validation:
+            if next_validation <= share < 1:  # the last one is below
                 next_validation = share + 0.25
                 self._validate(step)
             if share >= min(next_save, 1):
