@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
+from medisyn.config_matching import FeatureMatchingTaskConfig
 from medisyn.config_parts import (
     STRICT,
     AutoencoderTaskConfig,
@@ -79,6 +80,7 @@ TaskConfig = Annotated[
     AutoencoderTaskConfig
     | DiffusionTaskConfig
     | GuidanceDistillationTaskConfig
+    | FeatureMatchingTaskConfig
     | LatentClassifierTaskConfig
     | GuidedTaskConfig
     | DinoTaskConfig,
@@ -292,6 +294,7 @@ _SECTIONS: dict[str, type] = {
     "autoencoder": AutoencoderTaskConfig,
     "diffusion": DiffusionTaskConfig,
     "guidance_distillation": GuidanceDistillationTaskConfig,
+    "feature_matching": FeatureMatchingTaskConfig,
     "latent_classifier": LatentClassifierTaskConfig,
     "guided": GuidedTaskConfig,
     "dino": DinoTaskConfig,

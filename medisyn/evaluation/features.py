@@ -18,7 +18,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -124,7 +124,8 @@ def load_extractor(
     """
     kind, _, rest = spec.partition(":")
     if kind == "timm" and rest:
-        network, transform, weights_sha256 = _timm(rest)
+        network, options, weights_sha256 = load_timm(rest)
+        transform = _normalise(**options)  # the whole image, not timm's centre crop
     elif kind == "dinov2" and rest:
         network, transform, weights_sha256 = _dinov2(rest)
     elif spec == "inception" or spec.startswith("inception@"):
@@ -199,8 +200,13 @@ def _normalise(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Ca
     return transform
 
 
-def _timm(rest: str):
-    """`MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]`: pooled features of the whole image, not timm's centre crop."""
+def load_timm(rest: str) -> tuple[nn.Module, dict[str, Any], str]:
+    """The network that `MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]` names, its options and its weights' SHA-256.
+
+    Raises:
+        ValueError: unknown model or option, or weights that do not fit.
+        FileNotFoundError: the weights file is missing.
+    """
     import timm
 
     name, _, location = rest.partition("@")
@@ -236,7 +242,7 @@ def _timm(rest: str):
         # One value stands for the three channels.
         options[option] = int(numbers[0]) if option == "size" else numbers * 3 if len(numbers) == 1 else numbers
     weights_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return network.to(memory_format=torch.channels_last), _normalise(**options), weights_sha256
+    return network.to(memory_format=torch.channels_last), options, weights_sha256
 
 
 def _dinov2(name_or_folder: str):

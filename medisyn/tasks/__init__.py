@@ -3,7 +3,15 @@
 from medisyn.config import TrainConfig
 from medisyn.tasks.base import TrainingTask
 
-TASK_NAMES = ("autoencoder", "diffusion", "guidance_distillation", "latent_classifier", "guided", "dino")
+TASK_NAMES = (
+    "autoencoder",
+    "diffusion",
+    "guidance_distillation",
+    "feature_matching",
+    "latent_classifier",
+    "guided",
+    "dino",
+)
 
 
 def create_task(config: TrainConfig) -> TrainingTask:
@@ -24,6 +32,10 @@ def create_task(config: TrainConfig) -> TrainingTask:
         from medisyn.tasks.guidance_distillation import GuidanceDistillationTask
 
         return GuidanceDistillationTask(config)
+    if config.task.type == "feature_matching":
+        from medisyn.tasks.feature_matching import FeatureMatchingTask
+
+        return FeatureMatchingTask(config)
     if config.task.type == "latent_classifier":
         from medisyn.tasks.latent_classifier import LatentClassifierTask
 

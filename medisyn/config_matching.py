@@ -1,0 +1,37 @@
+"""The section `task` of feature matching; beside `medisyn.config_parts` for its length."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from medisyn.config_parts import STRICT, DiffusionTaskConfig, Fraction, NonNegative, Positive, check_interval
+
+
+@dataclass(frozen=True)
+class FeatureMatchingTaskConfig(DiffusionTaskConfig):
+    """Train the last steps of sampling until drawn images have the mean features of real ones, class by class."""
+
+    __pydantic_config__ = STRICT
+    type: Literal["feature_matching"] = "feature_matching"  # type: ignore[assignment]
+    extractors: tuple[str, ...] = ()  # networks, timm:MODEL@WEIGHTS_FILE[?size=..]; not those that judge afterwards
+    class_columns: tuple[str, ...] = ("modality", "finding")  # images of equal values are a class
+    real_images: Positive = 100  # of each class, at most, whose features count
+    horizon: Positive = 24  # drawn images of a class whose features count
+    draws: Positive = 12  # images drawn a step: the first ones of the batch, by their conditions
+    drawn_with: tuple[str, ...] = ("text", "labels")  # the other kinds of condition are at their nulls
+    num_inference_steps: Positive = 10  # of drawing; guidance as it will be used
+    guidance_scale: NonNegative = 4.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 0.95)
+    gradient_steps: Positive = 2  # the last ones, through which the gradient goes
+    feature_weight: NonNegative = 0.5
+    content_weight: NonNegative = 20.0  # on what 4x4 pixels are on average: what is drawn stays
+    denoising_weight: NonNegative = 1.0  # on the usual loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.extractors:
+            raise ValueError("task.extractors names no network whose features are to be matched")
+        if self.base is None or self.adapts:
+            raise ValueError("feature matching trains all weights of a trained model: set task.base, and no task.lora")
+        if self.gradient_steps > self.num_inference_steps:
+            raise ValueError(f"task.gradient_steps={self.gradient_steps} of {self.num_inference_steps} steps")
+        check_interval(self.guidance_interval)

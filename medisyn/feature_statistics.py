@@ -1,0 +1,144 @@
+"""What pre-trained networks see in a kind of image on average, and how far drawn images are from it.
+
+- `PooledFeatures` is a frozen network that passes gradients on to the image: of every stage the mean over places, and
+  the network's own pooled features after them.
+- Matching means alone says nothing of single images; kinds of image have means of their own, so it is done for each.
+- The difference is in deviations of the real images, so that no feature counts for its scale.
+
+    network = PooledFeatures("timm:tf_efficientnet_lite1@efficientnet_lite1.pth?size=208")
+    features = network(images)  # (B, D), of images (B, 3, H, W) in [-1, 1]
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medisyn.evaluation.features import load_timm
+
+LEAST_DEVIATION = 0.3  # of a feature, as a share of the median one: what hardly varies must not count most
+STAGES_SHARE = 1 / 3  # of the weight of all features, beside the pooled ones of the last layer
+SHIFT = 8  # pixels by which an image may be moved
+SIZES = (-16, 0, 16)  # pixels added to the network's input size
+
+
+class PooledFeatures(nn.Module):
+    """A frozen timm network with intermediate features, as a function of images.
+
+    Args:
+        spec: `timm:MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]`, as for evaluation.
+
+    Attributes:
+        weights: (D,), of each feature in a mean over all; sums to 1.
+
+    Raises:
+        ValueError: another kind of extractor, or weights that do not fit.
+        FileNotFoundError: the weights file is missing.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    weights: Tensor
+
+    def __init__(self, spec: str) -> None:
+        super().__init__()
+        kind, _, rest = spec.partition(":")
+        if kind != "timm" or not rest:
+            raise ValueError(f"extractor {spec!r}: features to match are those of timm:MODEL@WEIGHTS_FILE")
+        network, options, self.weights_sha256 = load_timm(rest)
+        self.network = network.eval().requires_grad_(False)
+        self.size = options["size"]
+        self.register_buffer("shift", torch.tensor(options["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(options["std"]).view(-1, 1, 1), persistent=False)
+        last, stages = self._pooled(torch.zeros(1, 3, self.size, self.size))
+        shares = (torch.full((part.shape[1],), 1 / part.shape[1]) for part in (stages, last))
+        weights = [share * part for share, part in zip((STAGES_SHARE, 1 - STAGES_SHARE), shares, strict=True)]
+        self.register_buffer("weights", torch.cat(weights), persistent=False)
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features (B, D) float32 of images (B, 3, H, W) in [-1, 1].
+
+        With a generator all of them are moved by up to `SHIFT` pixels, resized a little more or less and perhaps
+        mirrored: a pattern that fools the network at one place of its strides does not at another.
+        """
+        size = self.size
+        if generator is not None:
+            across, down, change, mirrored = (
+                int(torch.randint(count, (), generator=generator)) for count in (2 * SHIFT + 1, 2 * SHIFT + 1, 3, 2)
+            )
+            padded = F.pad(images, (SHIFT,) * 4, mode="reflect")
+            images = padded[..., down : down + images.shape[-2], across : across + images.shape[-1]]
+            images = images.flip(-1) if mirrored else images
+            size += SIZES[change]
+        images = F.interpolate(images.float(), size=(size, size), mode="bicubic")
+        pixels = ((images + 1) / 2 - self.shift) / self.scale
+        last, stages = self._pooled(pixels.contiguous(memory_format=torch.channels_last))
+        return torch.cat([stages, last], dim=1)
+
+    def _pooled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        last, maps = self.network.forward_intermediates(pixels)
+        stages = [features.float().mean(dim=(2, 3)) for features in maps]
+        return self.network.forward_head(last, pre_logits=True).float(), torch.cat(stages, dim=1)
+
+
+class ClassMeans(nn.Module):
+    """Mean features of each class: of real images once, of drawn images as a running mean.
+
+    Args:
+        network: whose features.
+        classes: how many there are.
+        horizon: how many drawn images of a class its running mean goes back.
+    """
+
+    real: Tensor
+    deviation: Tensor
+    drawn: Tensor
+    seen: Tensor
+
+    def __init__(self, network: PooledFeatures, classes: int, horizon: int) -> None:
+        super().__init__()
+        self._network = (network,)  # a tuple: not registered, hence not saved
+        self.horizon = horizon
+        width = len(network.weights)
+        self.register_buffer("real", torch.zeros(classes, width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.register_buffer("drawn", torch.zeros(classes, width))  # in the checkpoint, as the other ones
+        self.register_buffer("seen", torch.zeros(classes))
+
+    @torch.no_grad()
+    def fit(self, images: Iterable[Tensor], generator: torch.Generator) -> None:
+        """Take the real images of each class, one batch (B, 3, H, W) in [-1, 1] for each of them."""
+        (network,) = self._network
+        variances = []
+        for index, batch in enumerate(images):
+            batch = batch.to(self.real.device)
+            features = torch.cat([network(part, generator) for part in batch.split(10)])
+            self.real[index] = features.mean(dim=0)
+            variances.append(features.var(dim=0, correction=0))
+        deviation = torch.stack(variances).mean(dim=0).sqrt()
+        least = LEAST_DEVIATION * deviation.median()
+        self.deviation.copy_(deviation.clamp(min=max(least.item(), 1e-6)))
+
+    @torch.no_grad()
+    def add(self, features: Tensor, classes: Tensor) -> None:
+        """Take drawn images, features (B, D) of classes (B,), into the running means."""
+        for vector, index in zip(features.float(), classes.tolist(), strict=True):
+            self.seen[index] += 1
+            self.drawn[index] += (vector - self.drawn[index]) / self.seen[index].clamp(max=self.horizon)
+
+    def loss(self, features: Tensor, classes: Tensor) -> Tensor:
+        """A scalar with the gradient of half of the squared shift of these classes' means, were they all of them.
+
+        A class counts the less, the fewer images of it were drawn yet.
+        """
+        (network,) = self._network
+        known = (self.seen / self.horizon).clamp(max=1.0)
+        shift = known[:, None] * (self.drawn - self.real) / self.deviation
+        return (shift[classes] * (features / self.deviation) * network.weights).sum(dim=1).mean()
+
+    def squared_shift(self) -> Tensor:
+        """Mean over the classes seen of the squared shift, in squared deviations; a scalar."""
+        (network,) = self._network
+        shifts = (((self.drawn - self.real) / self.deviation).square() * network.weights).sum(dim=1)
+        return shifts[self.seen > 0].mean() if (self.seen > 0).any() else shifts.new_zeros(())

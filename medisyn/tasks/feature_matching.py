@@ -1,0 +1,133 @@
+"""Feature matching: the last steps of sampling learn what networks see in real images of a class, on average.
+
+A denoiser's squared error is small where its images are a little too smooth, everywhere and in the same way; the mean
+of features sees exactly that. Samples are drawn as they will be drawn, the gradient goes through the last steps, the
+decoder and the networks (as in DRaFT-K, Clark et al. 2024, arXiv 2309.17400), and the loss is the distance of mean
+features of drawn and real images (feature matching, Salimans et al. 2016, arXiv 1606.03498, eq. 6), class by class.
+
+- What is drawn must stay, since means are matched by erasing as well: averages of 4x4 pixels are kept at those that
+  the base's own last steps draw.
+- The usual denoising loss goes on beside it, with the usual dropout of conditions.
+- The networks must not be those that judge the result.
+
+    medisyn train scripts/embedded_default/matching.yaml
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch import Tensor, nn
+
+from medisyn.backbone import load_pipeline
+from medisyn.config import FeatureMatchingTaskConfig, TrainConfig
+from medisyn.data.preprocessing import Preprocessor
+from medisyn.feature_statistics import ClassMeans, PooledFeatures
+from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
+from medisyn.tasks.base import seeded_normal
+from medisyn.tasks.diffusion import DiffusionTask
+
+_START = 8  # stream of the noise that images are drawn from
+CONTENT = 4  # pixels, side of the squares whose average must stay
+
+
+class FeatureMatchingTask(DiffusionTask):
+    """Batch of cached latents -> denoising loss, and shift of the features of images drawn for its conditions.
+
+    See `FeatureMatchingTaskConfig` for the options.
+
+    Raises:
+        ValueError: a condition that the model lacks, or a class without an image.
+    """
+
+    options: FeatureMatchingTaskConfig
+
+    def __init__(self, config: TrainConfig) -> None:
+        if not isinstance(config.task, FeatureMatchingTaskConfig):
+            raise ValueError(f"task.type={config.task.type!r} given to the feature matching task")
+        super().__init__(config)
+        options, device = config.task, PartialState().device
+        if missing := set(options.drawn_with) - set(self.pipe.kinds):
+            raise ValueError(f"task.drawn_with: {', '.join(sorted(missing))} is no condition of {options.base!r}")
+        self._base = (cast(MediSynPipeline, load_pipeline(cast(str, options.base)).to(device)),)
+        values = zip(*(self.images.column(name) for name in options.class_columns), strict=True)
+        names = [tuple(map(str, row)) for row in values]
+        numbers = {name: number for number, name in enumerate(sorted(set(names)))}
+        self._classes = torch.tensor([numbers[name] for name in names])
+        networks = [PooledFeatures(spec).to(device) for spec in options.extractors]
+        self._networks = tuple(networks)  # a tuple: neither trained nor saved
+        self.means = nn.ModuleList(ClassMeans(each, len(numbers), options.horizon).to(device) for each in networks)
+        self._fit()
+
+    def _fit(self) -> None:
+        generator, preprocessor = np.random.default_rng(0), Preprocessor.from_config(self.config.data)
+        chosen = []
+        for number in range(int(self._classes.max()) + 1):
+            rows = generator.permutation(np.flatnonzero(self._classes.numpy() == number))
+            chosen.append(rows[: self.options.real_images])
+        half = self.config.train.mixed_precision == "bf16"
+        for means in self.means:
+            real = (torch.stack([preprocessor(self.images.image(int(row))) for row in rows]) for rows in chosen)
+            with torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=half):
+                means.fit(real, torch.Generator().manual_seed(0))
+
+    def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The weighted sum of the three losses, and each of them."""
+        options = self.options
+        denoising = super().forward(batch, step)
+        rows, seeds = batch["row"][: options.draws], batch["seed"][: options.draws]
+        images, content = self._draw(rows, seeds)
+        classes = self._classes[rows.cpu()].to(images.device)
+        matching = images.new_zeros(())
+        for network, means in zip(self._networks, self.means, strict=True):
+            features = network(images, torch.Generator().manual_seed(int(seeds[0])))
+            matching = matching + means.loss(features, classes)
+            means.add(gather(features.detach()), gather(classes))
+        change = (F.avg_pool2d(images, CONTENT) - content).square().mean()
+        loss = options.denoising_weight * denoising["loss"]
+        loss = loss + options.feature_weight * matching + options.content_weight * change
+        shift = torch.stack([means.squared_shift() for means in self.means]).mean()
+        return {"loss": loss, "error": denoising["error"], "change": change.detach(), "shift": shift}
+
+    def _draw(self, rows: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] for these rows' conditions, and averages of what the base would draw."""
+        options, pipe, (base,) = self.options, self.pipe, self._base
+        embeds = self._embeds(self.data, rows.tolist())
+        embeds = {kind: embeds[kind] for kind in options.drawn_with}
+        nulls = {c.kind: self._null(c) for c in self.conditions if c.kind in embeds}
+        nulls = {kind: null.expand(len(rows), *null.shape[1:]) for kind, null in nulls.items()}
+        pipe._guidance_scale, pipe._guidance_rescale = options.guidance_scale, 0.0
+        base._guidance_scale, base._guidance_rescale = options.guidance_scale, 0.0
+        timesteps, _ = pipe.prepare_timesteps(options.num_inference_steps, 1.0)
+        side = pipe.unet.config.sample_size
+        latents = seeded_normal(seeds, (pipe.unet.config.in_channels, side, side), _START).to(pipe.device)
+        latents = latents * pipe.scheduler.init_noise_sigma
+        first = len(timesteps) - options.gradient_steps
+        with torch.no_grad():
+            latents = self._denoise(pipe, latents, timesteps[:first], embeds, nulls)
+            base.scheduler = copy.deepcopy(pipe.scheduler)
+            before = base.decode_latents(self._denoise(base, latents, timesteps[first:], embeds, nulls))
+        images = pipe.decode_latents(self._denoise(pipe, latents, timesteps[first:], embeds, nulls))
+        return images.float(), F.avg_pool2d(before.float(), CONTENT)
+
+    def _denoise(
+        self,
+        pipe: MediSynPipeline,
+        latents: Tensor,
+        timesteps: Tensor,
+        embeds: Mapping[str, Tensor],
+        nulls: Mapping[str, Tensor],
+    ) -> Tensor:
+        """These steps of a pipeline's sampler, as its `__call__` takes them; differentiable."""
+        for t in timesteps:
+            stages = pipe._guidance_stages(tuple(embeds), t, self.options.guidance_interval)
+            conditions = pipe._stage_conditions([number for number, _ in stages], embeds, nulls, len(latents))
+            inputs = pipe.scheduler.scale_model_input(latents, t)
+            prediction = pipe._predict(inputs, t, [weight for _, weight in stages], conditions, None)
+            latents = pipe.scheduler.step(prediction.float(), t, latents, return_dict=False)[0]
+        return latents

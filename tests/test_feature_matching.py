@@ -1,0 +1,196 @@
+"""Feature matching: the last steps of sampling move the mean features of drawn images to those of real ones.
+
+python -m pytest tests/test_feature_matching.py
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from medisyn.config import load_config
+from medisyn.feature_statistics import ClassMeans, PooledFeatures
+from medisyn.loading import load_pipeline
+from medisyn.tasks import create_task
+from medisyn.tasks.feature_matching import FeatureMatchingTask
+from medisyn.trainer import Trainer
+from tests.training import diffusion_config, write_base, write_images
+
+RECIPE = Path(__file__).resolve().parent.parent / "scripts" / "embedded_default" / "matching.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matching")
+    write_images(folder / "images")
+    write_base(folder / "base", kinds=("text", "labels"))
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_efficientnet").state_dict(), folder / "network.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network(folder):
+    return PooledFeatures(spec(folder))
+
+
+def spec(folder):
+    return f"timm:test_efficientnet@{folder / 'network.pth'}?size=32"
+
+
+def config_of(folder, run="run", task=None, **changes):
+    given = {"type": "feature_matching", "extractors": [spec(folder)], "class_columns": ["kind"]}
+    given |= {"num_inference_steps": 3, "draws": 4, "real_images": 4, "horizon": 4}
+    return diffusion_config(folder, run, task=given | (task or {}), **changes)
+
+
+def batch_of(task, rows):
+    return task.collate([task.sample(row, np.random.default_rng(0)) for row in rows]) | {"seed": torch.tensor(rows)}
+
+
+def test_features_are_the_networks_own_after_its_stages_and_pass_gradients(folder, network):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    images.requires_grad_(True)
+    features = network(images)
+    plain = timm.create_model("test_efficientnet", num_classes=0).eval()
+    state = torch.load(folder / "network.pth", weights_only=True)
+    plain.load_state_dict({name: value for name, value in state.items() if not name.startswith("classifier")})
+    assert features.shape == (2, len(network.weights))
+    assert network.weights.sum() == pytest.approx(1.0, abs=1e-5)
+    own = plain(((images + 1) / 2 - network.shift) / network.scale)
+    assert torch.allclose(features[:, -own.shape[1] :], own, atol=1e-5)
+    (gradient,) = torch.autograd.grad(features.sum(), images)
+    assert gradient.abs().sum() > 0 and not any(p.requires_grad for p in network.parameters())
+
+
+def test_jitter_depends_on_the_generator_alone(network):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    first, again, other = (network(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_the_gradient_leads_to_the_real_mean(network):
+    """Images that follow the loss come nearer to the mean of the real ones of their class, not of the others."""
+    generator = torch.Generator().manual_seed(0)
+    real = [torch.rand(8, 3, 32, 32, generator=generator) * 0.5 + shift for shift in (-1.0, 0.5)]
+    means = ClassMeans(network, 2, horizon=8)
+    means.fit(real, generator)
+    classes = torch.tensor([0] * 4 + [1] * 4)
+    images = torch.zeros(8, 3, 32, 32, requires_grad=True)
+    optimizer = torch.optim.Adam([images], lr=0.03)
+    shifts = []
+    for _ in range(40):
+        features = network(images)
+        means.add(features.detach(), classes)
+        shifts.append(means.squared_shift().item())
+        optimizer.zero_grad()
+        means.loss(features, classes).backward()
+        optimizer.step()
+    assert shifts[-1] < 0.5 * shifts[1]
+
+
+def test_running_means_start_exact_and_forget(network):
+    means = ClassMeans(network, 1, horizon=2)
+    width = len(network.weights)
+    for value in (1.0, 3.0, 6.0):
+        means.add(torch.full((1, width), value), torch.tensor([0]))
+        if value == 3.0:
+            assert torch.allclose(means.drawn, torch.full((1, width), 2.0))
+    assert torch.allclose(means.drawn, torch.full((1, width), 4.0))  # 2 + (6 - 2) / 2
+
+
+def test_a_class_counts_less_while_few_of_it_are_drawn(network):
+    means = ClassMeans(network, 1, horizon=4)
+    features = torch.ones(1, len(network.weights))
+    means.add(features, torch.tensor([0]))
+    early = means.loss(features, torch.tensor([0]))
+    for _ in range(3):
+        means.add(features, torch.tensor([0]))
+    assert means.loss(features, torch.tensor([0])).item() == pytest.approx(4 * early.item(), rel=1e-5)
+
+
+def test_images_are_drawn_as_the_pipeline_draws_them(folder):
+    task = create_task(config_of(folder))
+    assert isinstance(task, FeatureMatchingTask)
+    rows, seeds = torch.tensor([0, 1]), torch.tensor([5, 6])
+    with torch.no_grad():
+        images, content = task._draw(rows, seeds)
+    from medisyn.tasks.base import seeded_normal
+    from medisyn.tasks.feature_matching import _START
+
+    pipe = load_pipeline(folder / "base")
+    noise = seeded_normal(seeds, (4, *images.shape[2:])[:1] + (pipe.unet.config.sample_size,) * 2, _START)
+    captions = [task.images.captions[row] for row in (0, 1)]
+    drawn = pipe(captions, latents=noise, num_inference_steps=3, output_type="pt").images * 2 - 1
+    assert torch.allclose(images, drawn, atol=1e-4)
+    assert torch.allclose(content, torch.nn.functional.avg_pool2d(drawn, 4), atol=1e-4)
+
+
+def test_a_first_step_changes_no_content_and_gives_gradients_to_the_unet_alone(folder):
+    task = create_task(config_of(folder, task={"denoising_weight": 0.0, "content_weight": 0.0}))
+    for _ in range(2):
+        losses = task(batch_of(task, [0, 1, 2, 3]), 0)
+    assert losses["change"] < 1e-8 and losses["shift"] > 0
+    losses["loss"].backward()
+    with_gradient = {name for name, p in task.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient and all(name.startswith("unet.") for name in with_gradient)
+
+
+def test_the_content_of_what_is_drawn_is_held(folder):
+    """With all weight on the content the base's own drawings stay; the features alone lead away from them."""
+    changes = {}
+    for weight in (0.0, 1000.0):
+        task = create_task(config_of(folder, task={"content_weight": weight, "denoising_weight": 0.0, "horizon": 1}))
+        optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=2e-3)
+        for step in range(12):
+            optimizer.zero_grad()
+            losses = task(batch_of(task, [0, 1, 2, 3]), step)
+            losses["loss"].backward()
+            optimizer.step()
+        changes[weight] = losses["change"].item()
+    assert changes[1000.0] < 0.5 * changes[0.0]
+
+
+def test_four_steps_are_two_and_two_more(folder):
+    once = Trainer(config_of(folder, "once")).fit()
+    Trainer(config_of(folder, "twice", train={"steps": 2})).fit()
+    twice = Trainer(config_of(folder, "twice")).fit()
+    found = [load_file(run / "checkpoints" / "step_00000004" / "model.safetensors") for run in (once, twice)]
+    assert found[0].keys() == found[1].keys() and any("drawn" in name for name in found[0])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_the_recipe_runs_and_ends_in_a_pipeline(folder):
+    write_base(folder / "default", kinds=("text", "image", "labels"))
+    data = {name: str(folder / "images") for name in ("data", "validation")}
+    changes = [f"{name}.source={source}" for name, source in data.items()]
+    changes += [f"{name}.{key}" for name in data for key in ("label_schema=null", "resolution=32")]
+    changes += ["data.group_column=patient", "data.dataset_column=null", "data.balance_columns=[kind]"]
+    changes += [f"task.base={folder / 'default'}", f"output_dir={folder / 'recipe'}", "train.steps=1"]
+    changes += [f"task.extractors=[{json.dumps(spec(folder))}]", "task.class_columns=[kind]", "train.batch_size=4"]
+    run = Trainer(load_config(RECIPE, changes)).fit()
+    before, after = (load_pipeline(name) for name in (folder / "default", run / "pipeline"))
+    assert after.kinds == before.kinds
+    vae = before.vae.state_dict()
+    assert all(torch.equal(value, vae[name]) for name, value in after.vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"extractors": []}, "names no network"),
+        ({"lora": {"rank": 2}}, "trains all weights of a trained model"),
+        ({"gradient_steps": 4}, "task.gradient_steps=4 of 3 steps"),
+        ({"guidance_interval": (0.9, 0.1)}, "with low <= high"),
+        ({"drawn_with": ["image"]}, "image is no condition of"),
+        ({"class_columns": ["colour"]}, "colour"),
+        ({"extractors": ["model"]}, "are those of timm"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(folder, task, message):
+    with pytest.raises(ValueError, match=message):
+        create_task(config_of(folder, "wrong", task))
