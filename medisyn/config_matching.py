@@ -24,6 +24,7 @@ class FeatureMatchingTaskConfig(DiffusionTaskConfig):
     gradient_steps: Positive = 2  # the last ones, through which the gradient goes
     feature_weight: NonNegative = 0.5
     content_weight: NonNegative = 20.0  # on what 4x4 pixels are on average: what is drawn stays
+    lattice_weight: NonNegative = 1000.0  # on what repeats in every place of the latents
     denoising_weight: NonNegative = 1.0  # on the usual loss
 
     def __post_init__(self) -> None:

@@ -22,11 +22,11 @@ def stages(monkeypatch):
 
 
 def all_stages(stages):
-    return [stage for names in stages.STAGES.values() for stage in names] + ["diffusion"]
+    return [stage for names in stages.STAGES.values() for stage in names] + ["diffusion", "matching"]
 
 
 def test_a_gpu_sees_as_many_images_in_larger_steps(stages):
-    for stage in all_stages(stages)[:-1]:
+    for stage in all_stages(stages)[:-2]:
         cpu, gpu = (stages.configure(stage, Path("elsewhere"), hardware) for hardware in stages.Hardware)
         images = [config.train.steps * config.train.batch_size for config in (cpu, gpu)]
         assert images[1] == pytest.approx(images[0], rel=0.01) and gpu.train.batch_size > cpu.train.batch_size
@@ -54,6 +54,21 @@ def test_the_data_folder_reaches_every_stage(stages):
         assert config.data.source == "elsewhere/corpus/train-*.parquet"
         assert config.validation.source == "elsewhere/corpus/validation-*.parquet"
         assert getattr(config.task, "perceptual_weights", "elsewhere/").startswith("elsewhere/")
+        assert all("@elsewhere/weights/" in spec for spec in getattr(config.task, "extractors", ()))
+
+
+def test_networks_of_the_last_stage_that_are_missing_are_named_before_the_first_one(stages, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"efficientnet_lite1\.pth; .*lite_weights\.py writes it"):
+        stages.check_matching(tmp_path)
+    (tmp_path / "weights").mkdir()
+    for size in (1, 2):
+        (tmp_path / "weights" / f"efficientnet_lite{size}.pth").touch()
+    stages.check_matching(tmp_path)
+
+
+def test_the_judge_is_not_among_the_networks_that_are_matched(stages):
+    extractors = stages.configure("matching", Path("data"), stages.Hardware.CPU).task.extractors
+    assert extractors and not any("lite0" in spec for spec in extractors)
 
 
 def test_each_stage_starts_from_what_an_earlier_one_leaves(stages):

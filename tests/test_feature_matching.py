@@ -16,7 +16,8 @@ from medisyn.config import load_config
 from medisyn.feature_statistics import ClassMeans, PooledFeatures
 from medisyn.loading import load_pipeline
 from medisyn.tasks import create_task
-from medisyn.tasks.feature_matching import FeatureMatchingTask
+from medisyn.tasks.base import seeded_normal
+from medisyn.tasks.feature_matching import _START, FeatureMatchingTask, mean_block
 from medisyn.trainer import Trainer
 from tests.training import diffusion_config, write_base, write_images
 
@@ -118,20 +119,25 @@ def test_images_are_drawn_as_the_pipeline_draws_them(folder):
     assert isinstance(task, FeatureMatchingTask)
     rows, seeds = torch.tensor([0, 1]), torch.tensor([5, 6])
     with torch.no_grad():
-        images, content = task._draw(rows, seeds)
-    from medisyn.tasks.base import seeded_normal
-    from medisyn.tasks.feature_matching import _START
+        images, before = task._draw(rows, seeds)
 
     pipe = load_pipeline(folder / "base")
     noise = seeded_normal(seeds, (4, *images.shape[2:])[:1] + (pipe.unet.config.sample_size,) * 2, _START)
     captions = [task.images.captions[row] for row in (0, 1)]
     drawn = pipe(captions, latents=noise, num_inference_steps=3, output_type="pt").images * 2 - 1
     assert torch.allclose(images, drawn, atol=1e-4)
-    assert torch.allclose(content, torch.nn.functional.avg_pool2d(drawn, 4), atol=1e-4)
+    assert torch.allclose(before, drawn, atol=1e-4)
+
+
+def test_a_lattice_is_what_repeats_in_every_block():
+    block = torch.rand(1, 3, 8, 8)
+    assert torch.allclose(mean_block(block.repeat(1, 1, 4, 2), 8), block)
+    noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    assert mean_block(noise, 8).square().mean() < 0.01
 
 
 def test_a_first_step_changes_no_content_and_gives_gradients_to_the_unet_alone(folder):
-    task = create_task(config_of(folder, task={"denoising_weight": 0.0, "content_weight": 0.0}))
+    task = create_task(config_of(folder, task={"denoising_weight": 0.0, "content_weight": 0.0, "lattice_weight": 0.0}))
     for _ in range(2):
         losses = task(batch_of(task, [0, 1, 2, 3]), 0)
     assert losses["change"] < 1e-8 and losses["shift"] > 0
@@ -144,7 +150,11 @@ def test_the_content_of_what_is_drawn_is_held(folder):
     """With all weight on the content the base's own drawings stay; the features alone lead away from them."""
     changes = {}
     for weight in (0.0, 1000.0):
-        task = create_task(config_of(folder, task={"content_weight": weight, "denoising_weight": 0.0, "horizon": 1}))
+        task = create_task(
+            config_of(
+                folder, task={"content_weight": weight, "denoising_weight": 0.0, "horizon": 1, "lattice_weight": 0.0}
+            )
+        )
         optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=2e-3)
         for step in range(12):
             optimizer.zero_grad()

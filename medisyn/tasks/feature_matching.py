@@ -6,7 +6,8 @@ decoder and the networks (as in DRaFT-K, Clark et al. 2024, arXiv 2309.17400), a
 features of drawn and real images (feature matching, Salimans et al. 2016, arXiv 1606.03498, eq. 6), class by class.
 
 - What is drawn must stay, since means are matched by erasing as well: averages of 4x4 pixels are kept at those that
-  the base's own last steps draw.
+  the base's own last steps draw. So is what repeats in every block of pixels that is one place of the latents: a
+  shift of a channel is such a lattice, and the cheapest texture of all.
 - The usual denoising loss goes on beside it, with the usual dropout of conditions.
 - The networks must not be those that judge the result.
 
@@ -34,6 +35,12 @@ from medisyn.tasks.diffusion import DiffusionTask
 
 _START = 8  # stream of the noise that images are drawn from
 CONTENT = 4  # pixels, side of the squares whose average must stay
+
+
+def mean_block(images: Tensor, side: int) -> Tensor:
+    """The average (B, C, side, side) of all blocks of `side` x `side` pixels that tile images (B, C, H, W)."""
+    batch, channels, height, width = images.shape
+    return images.reshape(batch, channels, height // side, side, width // side, side).mean(dim=(2, 4))
 
 
 class FeatureMatchingTask(DiffusionTask):
@@ -77,25 +84,28 @@ class FeatureMatchingTask(DiffusionTask):
                 means.fit(real, torch.Generator().manual_seed(0))
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The weighted sum of the three losses, and each of them."""
+        """The weighted sum of all losses, the shift of the features, and what changed of the base's own drawings."""
         options = self.options
         denoising = super().forward(batch, step)
         rows, seeds = batch["row"][: options.draws], batch["seed"][: options.draws]
-        images, content = self._draw(rows, seeds)
+        images, before = self._draw(rows, seeds)
         classes = self._classes[rows.cpu()].to(images.device)
         matching = images.new_zeros(())
         for network, means in zip(self._networks, self.means, strict=True):
             features = network(images, torch.Generator().manual_seed(int(seeds[0])))
             matching = matching + means.loss(features, classes)
             means.add(gather(features.detach()), gather(classes))
-        change = (F.avg_pool2d(images, CONTENT) - content).square().mean()
-        loss = options.denoising_weight * denoising["loss"]
-        loss = loss + options.feature_weight * matching + options.content_weight * change
+        change = F.avg_pool2d(images - before, CONTENT).square().mean()
+        lattice = mean_block(images - before, self.pipe.vae_scale_factor).square().mean()
+        loss = options.denoising_weight * denoising["loss"] + options.feature_weight * matching
+        loss = loss + options.content_weight * change + options.lattice_weight * lattice
         shift = torch.stack([means.squared_shift() for means in self.means]).mean()
-        return {"loss": loss, "error": denoising["error"], "change": change.detach(), "shift": shift}
+        return {"loss": loss, "error": denoising["error"], "change": change.detach(), "lattice": lattice.detach()} | {
+            "shift": shift
+        }
 
     def _draw(self, rows: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] for these rows' conditions, and averages of what the base would draw."""
+        """Images (B, 3, H, W) in [-1, 1] for these rows' conditions, and what the base's last steps draw."""
         options, pipe, (base,) = self.options, self.pipe, self._base
         embeds = self._embeds(self.data, rows.tolist())
         embeds = {kind: embeds[kind] for kind in options.drawn_with}
@@ -113,7 +123,7 @@ class FeatureMatchingTask(DiffusionTask):
             base.scheduler = copy.deepcopy(pipe.scheduler)
             before = base.decode_latents(self._denoise(base, latents, timesteps[first:], embeds, nulls))
         images = pipe.decode_latents(self._denoise(pipe, latents, timesteps[first:], embeds, nulls))
-        return images.float(), F.avg_pool2d(before.float(), CONTENT)
+        return images.float(), before.float()
 
     def _denoise(
         self,

@@ -3,9 +3,10 @@
 - A stage is a configuration beside this file and what the hardware changes in it. A stage that is done costs a moment,
   a stage that was cut off goes on: to resume is to run the same script again.
 - `gpu` sees as many images as `cpu` in fewer, larger steps; in the diffusion stage far more of them, and trains a UNet
-  of twice the size there (`resident`). Its numbers are computed and not measured.
+  of twice the size there (`resident`). Its numbers are computed and not measured. Matching is the same on both.
 """
 
+import json
 import math
 import shutil
 from enum import Enum
@@ -46,7 +47,8 @@ def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = N
 
     Args:
         stage: Name of a YAML file beside this one.
-        data: Folder with `corpus/train-*.parquet`, `corpus/validation-*.parquet` and `weights/stlpips_alex.pth`.
+        data: Folder with `corpus/train-*.parquet`, `corpus/validation-*.parquet`, `weights/stlpips_alex.pth` and what
+            `lite_weights.py` writes into `weights/`, for the last stage.
         hardware: See `Hardware`.
         parts: A pipeline's folder whose autoencoder and image encoder are taken in place of those of earlier stages;
             the encoder and its feature extractor are copied into one folder of the run.
@@ -59,6 +61,9 @@ def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = N
     overrides = [f"{part}.source={data}/corpus/{split}-*.parquet" for part, split in SPLITS.items()]
     if plain.task.type == "autoencoder":
         overrides.append(f"task.perceptual_weights={data}/weights/stlpips_alex.pth")
+    if plain.task.type == "feature_matching":
+        specs = [spec.replace("@data/", f"@{data}/") for spec in plain.task.extractors]
+        return load_config(file, [*overrides, f"task.extractors={json.dumps(specs)}"])
     if parts is not None and plain.task.type == "diffusion":
         encoder = Path(plain.output_dir) / "image_encoder"
         for part in ("image_encoder", "feature_extractor"):
@@ -83,6 +88,19 @@ def _larger_steps(plain: TrainConfig) -> list[str]:
 def run(script: str, data: Path, hardware: Hardware) -> list[Path]:
     """Train the stages of a script, or what is left of them. Returns their run folders."""
     return [Trainer(configure(stage, data, hardware)).fit() for stage in STAGES[script]]
+
+
+def check_matching(data: Path) -> None:
+    """Raise FileNotFoundError where the networks of the last stage are missing, hours before it would."""
+    for spec in configure("matching", data, Hardware.CPU).task.extractors:
+        file = Path(spec.partition("@")[2].partition("?")[0])
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}; scripts/embedded_default/lite_weights.py writes it")
+
+
+def run_matching(data: Path, hardware: Hardware) -> Path:
+    """Train the last stage on the run of `run_diffusion`, or what is left of it. Returns its run folder."""
+    return Trainer(configure("matching", data, hardware)).fit()
 
 
 def run_diffusion(data: Path, hardware: Hardware, parts: Path | None = None, minutes: float = math.inf) -> Path:
