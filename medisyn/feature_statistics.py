@@ -21,6 +21,7 @@ LEAST_DEVIATION = 0.3  # of a feature, as a share of the median one: what hardly
 STAGES_SHARE = 1 / 3  # of the weight of all features, beside the pooled ones of the last layer
 SHIFT = 8  # pixels by which an image may be moved
 SIZES = (-16, 0, 16)  # pixels added to the network's input size
+LEAST_IMAGES = 8  # real images that say something of a class: of fewer the mean is that of single images
 
 
 class PooledFeatures(nn.Module):
@@ -33,7 +34,7 @@ class PooledFeatures(nn.Module):
         weights: (D,), of each feature in a mean over all; sums to 1.
 
     Raises:
-        ValueError: another kind of extractor, or weights that do not fit.
+        ValueError: another kind of extractor, weights that do not fit, or a network of one input size.
         FileNotFoundError: the weights file is missing.
     """
 
@@ -46,12 +47,18 @@ class PooledFeatures(nn.Module):
         kind, _, rest = spec.partition(":")
         if kind != "timm" or not rest:
             raise ValueError(f"extractor {spec!r}: features to match are those of timm:MODEL@WEIGHTS_FILE")
-        network, options, self.weights_sha256 = load_timm(rest)
+        network, options, _ = load_timm(rest)
         self.network = network.eval().requires_grad_(False)
         self.size = options["size"]
         self.register_buffer("shift", torch.tensor(options["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(options["std"]).view(-1, 1, 1), persistent=False)
-        last, stages = self._pooled(torch.zeros(1, 3, self.size, self.size))
+        try:
+            for change in SIZES:
+                last, stages = self._pooled(torch.zeros(1, 3, self.size + change, self.size + change))
+        except (AssertionError, RuntimeError) as error:
+            sizes = ", ".join(str(self.size + change) for change in SIZES)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"extractor {spec!r} does not take images of {sizes} pixels: {reason}") from error
         shares = (torch.full((part.shape[1],), 1 / part.shape[1]) for part in (stages, last))
         weights = [share * part for share, part in zip((STAGES_SHARE, 1 - STAGES_SHARE), shares, strict=True)]
         self.register_buffer("weights", torch.cat(weights), persistent=False)
@@ -71,7 +78,8 @@ class PooledFeatures(nn.Module):
             images = padded[..., down : down + images.shape[-2], across : across + images.shape[-1]]
             images = images.flip(-1) if mirrored else images
             size += SIZES[change]
-        images = F.interpolate(images.float(), size=(size, size), mode="bicubic")
+        antialias = images.shape[-1] > size
+        images = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=antialias)
         pixels = ((images + 1) / 2 - self.shift) / self.scale
         last, stages = self._pooled(pixels.contiguous(memory_format=torch.channels_last))
         return torch.cat([stages, last], dim=1)
@@ -95,6 +103,7 @@ class ClassMeans(nn.Module):
     deviation: Tensor
     drawn: Tensor
     seen: Tensor
+    matched: Tensor
 
     def __init__(self, network: PooledFeatures, classes: int, horizon: int) -> None:
         super().__init__()
@@ -105,17 +114,29 @@ class ClassMeans(nn.Module):
         self.register_buffer("deviation", torch.ones(width))
         self.register_buffer("drawn", torch.zeros(classes, width))  # in the checkpoint, as the other ones
         self.register_buffer("seen", torch.zeros(classes))
+        self.register_buffer("matched", torch.zeros(classes))  # 1: a class with enough real images
 
     @torch.no_grad()
     def fit(self, images: Iterable[Tensor], generator: torch.Generator) -> None:
-        """Take the real images of each class, one batch (B, 3, H, W) in [-1, 1] for each of them."""
+        """Take the real images of each class, one batch (B, 3, H, W) in [-1, 1] for each of them.
+
+        A class of fewer than `LEAST_IMAGES` is not matched.
+
+        Raises:
+            ValueError: no class has so many.
+        """
         (network,) = self._network
         variances = []
         for index, batch in enumerate(images):
+            if len(batch) < LEAST_IMAGES:
+                continue
+            self.matched[index] = 1
             batch = batch.to(self.real.device)
             features = torch.cat([network(part, generator) for part in batch.split(10)])
             self.real[index] = features.mean(dim=0)
             variances.append(features.var(dim=0, correction=0))
+        if not variances:
+            raise ValueError(f"no class has {LEAST_IMAGES} real images whose features could be matched")
         deviation = torch.stack(variances).mean(dim=0).sqrt()
         least = LEAST_DEVIATION * deviation.median()
         self.deviation.copy_(deviation.clamp(min=max(least.item(), 1e-6)))
@@ -133,12 +154,13 @@ class ClassMeans(nn.Module):
         A class counts the less, the fewer images of it were drawn yet.
         """
         (network,) = self._network
-        known = (self.seen / self.horizon).clamp(max=1.0)
+        known = self.matched * (self.seen / self.horizon).clamp(max=1.0)
         shift = known[:, None] * (self.drawn - self.real) / self.deviation
         return (shift[classes] * (features / self.deviation) * network.weights).sum(dim=1).mean()
 
     def squared_shift(self) -> Tensor:
-        """Mean over the classes seen of the squared shift, in squared deviations; a scalar."""
+        """Mean over the classes seen and matched of the squared shift, in squared deviations; a scalar."""
         (network,) = self._network
         shifts = (((self.drawn - self.real) / self.deviation).square() * network.weights).sum(dim=1)
-        return shifts[self.seen > 0].mean() if (self.seen > 0).any() else shifts.new_zeros(())
+        counted = (self.seen > 0) & (self.matched > 0)
+        return shifts[counted].mean() if counted.any() else shifts.new_zeros(())

@@ -45,7 +45,7 @@ def spec(folder):
 
 def config_of(folder, run="run", task=None, **changes):
     given = {"type": "feature_matching", "extractors": [spec(folder)], "class_columns": ["kind"]}
-    given |= {"num_inference_steps": 3, "draws": 4, "real_images": 4, "horizon": 4}
+    given |= {"num_inference_steps": 3, "draws": 4, "real_images": 8, "horizon": 4}
     return diffusion_config(folder, run, task=given | (task or {}), **changes)
 
 
@@ -114,6 +114,21 @@ def test_a_class_counts_less_while_few_of_it_are_drawn(network):
     assert means.loss(features, torch.tensor([0])).item() == pytest.approx(4 * early.item(), rel=1e-5)
 
 
+def test_a_class_of_few_real_images_is_not_matched(network):
+    means = ClassMeans(network, 2, horizon=1)
+    means.fit([torch.rand(8, 3, 32, 32), torch.rand(7, 3, 32, 32)], torch.Generator().manual_seed(0))
+    features = torch.rand(2, len(network.weights))
+    means.add(features, torch.tensor([0, 1]))
+    assert means.loss(features[1:], torch.tensor([1])) == 0 != means.loss(features[:1], torch.tensor([0]))
+    alone = (((means.drawn - means.real) / means.deviation).square() * network.weights).sum(dim=1)[0]
+    assert means.squared_shift() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_size_that_a_network_cannot_take_is_refused(folder):
+    with pytest.raises(ValueError, match=r"size=16' does not take images of 0, 16, 32 pixels"):
+        PooledFeatures(f"timm:test_efficientnet@{folder / 'network.pth'}?size=16")
+
+
 def test_images_are_drawn_as_the_pipeline_draws_them(folder):
     task = create_task(config_of(folder))
     assert isinstance(task, FeatureMatchingTask)
@@ -122,7 +137,7 @@ def test_images_are_drawn_as_the_pipeline_draws_them(folder):
         images, before = task._draw(rows, seeds)
 
     pipe = load_pipeline(folder / "base")
-    noise = seeded_normal(seeds, (4, *images.shape[2:])[:1] + (pipe.unet.config.sample_size,) * 2, _START)
+    noise = seeded_normal(seeds, (4, *(pipe.unet.config.sample_size,) * 2), _START)
     captions = [task.images.captions[row] for row in (0, 1)]
     drawn = pipe(captions, latents=noise, num_inference_steps=3, output_type="pt").images * 2 - 1
     assert torch.allclose(images, drawn, atol=1e-4)
@@ -193,8 +208,13 @@ def test_the_recipe_runs_and_ends_in_a_pipeline(folder):
     ("task", "message"),
     [
         ({"extractors": []}, "names no network"),
-        ({"lora": {"rank": 2}}, "trains all weights of a trained model"),
-        ({"gradient_steps": 4}, "task.gradient_steps=4 of 3 steps"),
+        ({"lora": {"rank": 2}}, "trains all weights: task.method=lora does not go"),
+        ({"base": None, "preset": "mini", "vae": "x"}, "set task.base"),
+        ({"prior": {"num_images": 2}}, "images of a prior have no class"),
+        ({"conditions": [{"type": "text", "train_encoder": True}]}, "trains the UNet alone"),
+        ({"conditions": [{"type": "text"}]}, "labels is no condition of"),
+        ({"gradient_steps": 4}, "task.gradient_steps=4 is more than task.num_inference_steps=3"),
+        ({"real_images": 4}, "no class has 8 real images"),
         ({"guidance_interval": (0.9, 0.1)}, "with low <= high"),
         ({"drawn_with": ["image"]}, "image is no condition of"),
         ({"class_columns": ["colour"]}, "colour"),

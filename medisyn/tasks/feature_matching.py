@@ -1,8 +1,8 @@
 """Feature matching: the last steps of sampling learn what networks see in real images of a class, on average.
 
 A denoiser's squared error is small where its images are a little too smooth, everywhere and in the same way; the mean
-of features sees exactly that. Samples are drawn as they will be drawn, the gradient goes through the last steps, the
-decoder and the networks (as in DRaFT-K, Clark et al. 2024, arXiv 2309.17400), and the loss is the distance of mean
+of features sees exactly that. Samples are drawn with guidance in few steps, the gradient goes through the last ones,
+the decoder and the networks (as in DRaFT-K, Clark et al. 2024, arXiv 2309.17400), and the loss is the distance of mean
 features of drawn and real images (feature matching, Salimans et al. 2016, arXiv 1606.03498, eq. 6), class by class.
 
 - What is drawn must stay, since means are matched by erasing as well: averages of 4x4 pixels are kept at those that
@@ -49,7 +49,7 @@ class FeatureMatchingTask(DiffusionTask):
     See `FeatureMatchingTaskConfig` for the options.
 
     Raises:
-        ValueError: a condition that the model lacks, or a class without an image.
+        ValueError: a condition that the model lacks, no column of classes, or a network that does not fit.
     """
 
     options: FeatureMatchingTaskConfig
@@ -57,16 +57,19 @@ class FeatureMatchingTask(DiffusionTask):
     def __init__(self, config: TrainConfig) -> None:
         if not isinstance(config.task, FeatureMatchingTaskConfig):
             raise ValueError(f"task.type={config.task.type!r} given to the feature matching task")
-        super().__init__(config)
         options, device = config.task, PartialState().device
-        if missing := set(options.drawn_with) - set(self.pipe.kinds):
+        networks = [PooledFeatures(spec).to(device) for spec in options.extractors]  # wrong ones before any work
+        base = load_pipeline(cast(str, options.base))
+        kept = {condition.type for condition in options.conditions} or set(base.kinds)
+        if missing := set(options.drawn_with) - (set(base.kinds) & kept):
             raise ValueError(f"task.drawn_with: {', '.join(sorted(missing))} is no condition of {options.base!r}")
-        self._base = (cast(MediSynPipeline, load_pipeline(cast(str, options.base)).to(device)),)
+        super().__init__(config)
+        base.vae = None
+        self._base = (base.to(device),)
         values = zip(*(self.images.column(name) for name in options.class_columns), strict=True)
         names = [tuple(map(str, row)) for row in values]
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
         self._classes = torch.tensor([numbers[name] for name in names])
-        networks = [PooledFeatures(spec).to(device) for spec in options.extractors]
         self._networks = tuple(networks)  # a tuple: neither trained nor saved
         self.means = nn.ModuleList(ClassMeans(each, len(numbers), options.horizon).to(device) for each in networks)
         self._fit()
@@ -77,10 +80,10 @@ class FeatureMatchingTask(DiffusionTask):
         for number in range(int(self._classes.max()) + 1):
             rows = generator.permutation(np.flatnonzero(self._classes.numpy() == number))
             chosen.append(rows[: self.options.real_images])
-        half = self.config.train.mixed_precision == "bf16"
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.train.mixed_precision)
         for means in self.means:
             real = (torch.stack([preprocessor(self.images.image(int(row))) for row in rows]) for rows in chosen)
-            with torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(self.pipe.device.type, half, enabled=half is not None):
                 means.fit(real, torch.Generator().manual_seed(0))
 
     def forward(self, batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -121,7 +124,7 @@ class FeatureMatchingTask(DiffusionTask):
         with torch.no_grad():
             latents = self._denoise(pipe, latents, timesteps[:first], embeds, nulls)
             base.scheduler = copy.deepcopy(pipe.scheduler)
-            before = base.decode_latents(self._denoise(base, latents, timesteps[first:], embeds, nulls))
+            before = pipe.decode_latents(self._denoise(base, latents, timesteps[first:], embeds, nulls))
         images = pipe.decode_latents(self._denoise(pipe, latents, timesteps[first:], embeds, nulls))
         return images.float(), before.float()
 

@@ -1,6 +1,6 @@
 r"""Put a trained pipeline into the package as the embedded default: half precision, files below 16 MB, 32 MB in all.
 
-python scripts/embedded_default/embed.py runs/embedded_default/diffusion medisyn/pretrained
+python scripts/embedded_default/embed.py runs/embedded_default/matching medisyn/pretrained
 """
 
 import shutil

@@ -3,7 +3,8 @@
 - A stage is a configuration beside this file and what the hardware changes in it. A stage that is done costs a moment,
   a stage that was cut off goes on: to resume is to run the same script again.
 - `gpu` sees as many images as `cpu` in fewer, larger steps; in the diffusion stage far more of them, and trains a UNet
-  of twice the size there (`resident`). Its numbers are computed and not measured. Matching is the same on both.
+  of twice the size there (`resident`). Its numbers are computed and not measured. Matching is the same on both;
+  it knows nothing of the 8 bits in which the larger UNet is stored.
 """
 
 import json
