@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ class PooledFeatures(nn.Module):
         FileNotFoundError: the weights file is missing.
     """
 
+    network: Any  # of timm, with `forward_intermediates`
     shift: Tensor
     scale: Tensor
     weights: Tensor

@@ -15,7 +15,7 @@ features of drawn and real images (feature matching, Salimans et al. 2016, arXiv
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import numpy as np
@@ -53,6 +53,8 @@ class FeatureMatchingTask(DiffusionTask):
     """
 
     options: FeatureMatchingTaskConfig
+    _base: tuple[MediSynPipeline]  # tuples: not registered, hence neither trained nor saved
+    _networks: tuple[PooledFeatures, ...]
 
     def __init__(self, config: TrainConfig) -> None:
         if not isinstance(config.task, FeatureMatchingTaskConfig):
@@ -60,7 +62,7 @@ class FeatureMatchingTask(DiffusionTask):
         options, device = config.task, PartialState().device
         networks = [PooledFeatures(spec).to(device) for spec in options.extractors]  # wrong ones before any work
         base = load_pipeline(cast(str, options.base))
-        kept = {condition.type for condition in options.conditions} or set(base.kinds)
+        kept: set[str] = {condition.type for condition in options.conditions} or set(base.kinds)
         if missing := set(options.drawn_with) - (set(base.kinds) & kept):
             raise ValueError(f"task.drawn_with: {', '.join(sorted(missing))} is no condition of {options.base!r}")
         super().__init__(config)
@@ -70,7 +72,7 @@ class FeatureMatchingTask(DiffusionTask):
         names = [tuple(map(str, row)) for row in values]
         numbers = {name: number for number, name in enumerate(sorted(set(names)))}
         self._classes = torch.tensor([numbers[name] for name in names])
-        self._networks = tuple(networks)  # a tuple: neither trained nor saved
+        self._networks = tuple(networks)
         self.means = nn.ModuleList(ClassMeans(each, len(numbers), options.horizon).to(device) for each in networks)
         self._fit()
 
@@ -81,7 +83,7 @@ class FeatureMatchingTask(DiffusionTask):
             rows = generator.permutation(np.flatnonzero(self._classes.numpy() == number))
             chosen.append(rows[: self.options.real_images])
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.train.mixed_precision)
-        for means in self.means:
+        for _, means in self._matched():
             real = (torch.stack([preprocessor(self.images.image(int(row))) for row in rows]) for rows in chosen)
             with torch.autocast(self.pipe.device.type, half, enabled=half is not None):
                 means.fit(real, torch.Generator().manual_seed(0))
@@ -94,7 +96,7 @@ class FeatureMatchingTask(DiffusionTask):
         images, before = self._draw(rows, seeds)
         classes = self._classes[rows.cpu()].to(images.device)
         matching = images.new_zeros(())
-        for network, means in zip(self._networks, self.means, strict=True):
+        for network, means in self._matched():
             features = network(images, torch.Generator().manual_seed(int(seeds[0])))
             matching = matching + means.loss(features, classes)
             means.add(gather(features.detach()), gather(classes))
@@ -102,10 +104,12 @@ class FeatureMatchingTask(DiffusionTask):
         lattice = mean_block(images - before, self.pipe.vae_scale_factor).square().mean()
         loss = options.denoising_weight * denoising["loss"] + options.feature_weight * matching
         loss = loss + options.content_weight * change + options.lattice_weight * lattice
-        shift = torch.stack([means.squared_shift() for means in self.means]).mean()
-        return {"loss": loss, "error": denoising["error"], "change": change.detach(), "lattice": lattice.detach()} | {
-            "shift": shift
-        }
+        shift = torch.stack([means.squared_shift() for _, means in self._matched()]).mean()
+        metrics = {"error": denoising["error"], "change": change.detach(), "lattice": lattice.detach()}
+        return {"loss": loss, "shift": shift} | metrics
+
+    def _matched(self) -> Iterable[tuple[PooledFeatures, ClassMeans]]:
+        return zip(self._networks, cast(Iterable[ClassMeans], self.means), strict=True)
 
     def _draw(self, rows: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] for these rows' conditions, and what the base's last steps draw."""
