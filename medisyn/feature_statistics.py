@@ -35,7 +35,7 @@ class PooledFeatures(nn.Module):
         weights: (D,), of each feature in a mean over all; sums to 1.
 
     Raises:
-        ValueError: another kind of extractor, weights that do not fit, or a network of one input size.
+        ValueError: another kind of extractor, weights that do not fit, or a size that the network cannot take.
         FileNotFoundError: the weights file is missing.
     """
 

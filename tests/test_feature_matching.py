@@ -135,7 +135,6 @@ def test_images_are_drawn_as_the_pipeline_draws_them(folder):
     rows, seeds = torch.tensor([0, 1]), torch.tensor([5, 6])
     with torch.no_grad():
         images, before = task._draw(rows, seeds)
-
     pipe = load_pipeline(folder / "base")
     noise = seeded_normal(seeds, (4, *(pipe.unet.config.sample_size,) * 2), _START)
     captions = [task.images.captions[row] for row in (0, 1)]
@@ -165,11 +164,8 @@ def test_the_content_of_what_is_drawn_is_held(folder):
     """With all weight on the content the base's own drawings stay; the features alone lead away from them."""
     changes = {}
     for weight in (0.0, 1000.0):
-        task = create_task(
-            config_of(
-                folder, task={"content_weight": weight, "denoising_weight": 0.0, "horizon": 1, "lattice_weight": 0.0}
-            )
-        )
+        off = {"denoising_weight": 0.0, "lattice_weight": 0.0}
+        task = create_task(config_of(folder, task={"content_weight": weight, "horizon": 1} | off))
         optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=2e-3)
         for step in range(12):
             optimizer.zero_grad()
