@@ -12,7 +12,7 @@ class FeatureMatchingTaskConfig(DiffusionTaskConfig):
 
     __pydantic_config__ = STRICT
     type: Literal["feature_matching"] = "feature_matching"  # type: ignore[assignment]
-    extractors: tuple[str, ...] = ()  # networks, timm:MODEL@WEIGHTS_FILE[?size=..]; not those that judge afterwards
+    extractors: tuple[str, ...] = ()  # timm:MODEL@FILE[?size=..] or st-lpips:FILE; not those that judge afterwards
     class_columns: tuple[str, ...] = ("modality", "finding")  # images of equal values are a class
     real_images: Positive = 100  # of each class, at most, whose features count; a class with under 8 is left out
     horizon: Positive = 24  # drawn images of a class whose features count
@@ -24,7 +24,7 @@ class FeatureMatchingTaskConfig(DiffusionTaskConfig):
     gradient_steps: Positive = 2  # the last ones, through which the gradient goes
     feature_weight: NonNegative = 0.5
     content_weight: NonNegative = 20.0  # on what 4x4 pixels are on average: what is drawn stays
-    lattice_weight: NonNegative = 1000.0  # on what repeats in every place of the latents
+    lattice_weight: NonNegative = 5.0  # on what repeats in neighbouring places of the latents and is seen
     denoising_weight: NonNegative = 1.0  # on the usual loss
 
     def __post_init__(self) -> None:

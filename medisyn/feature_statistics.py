@@ -1,11 +1,11 @@
 """What pre-trained networks see in a kind of image on average, and how far drawn images are from it.
 
-- `PooledFeatures` is a frozen network that passes gradients on to the image: of every stage the mean over places, and
-  the network's own pooled features after them.
+- `PooledFeatures` are those of a frozen network that passes gradients on to the image: of every layer the mean over
+  places. Networks of several families are fooled less easily than one.
 - Matching means alone says nothing of single images; kinds of image have means of their own, so it is done for each.
 - The difference is in deviations of the real images, so that no feature counts for its scale.
 
-    network = PooledFeatures("timm:tf_efficientnet_lite1@efficientnet_lite1.pth?size=208")
+    network = open_pooled_features("timm:tf_efficientnet_lite1@efficientnet_lite1.pth?size=208")
     features = network(images)  # (B, D), of images (B, 3, H, W) in [-1, 1]
 """
 
@@ -17,79 +17,133 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medisyn.evaluation.features import load_timm
+from medisyn.perceptual import ShiftTolerantLPIPS
 
-LEAST_DEVIATION = 0.3  # of a feature, as a share of the median one: what hardly varies must not count most
-STAGES_SHARE = 1 / 3  # of the weight of all features, beside the pooled ones of the last layer
+LEAST_DEVIATION = 0.3  # of a feature, as a share of its layer's mean one: what hardly varies must not count most
+STAGES_SHARE = 1 / 3  # of the weight of all features of a timm network, beside the pooled ones of the last layer
 SHIFT = 8  # pixels by which an image may be moved
 SIZES = (-16, 0, 16)  # pixels added to the network's input size
 LEAST_IMAGES = 8  # real images that say something of a class: of fewer the mean is that of single images
 
 
 class PooledFeatures(nn.Module):
-    """A frozen timm network with intermediate features, as a function of images.
-
-    Args:
-        spec: `timm:MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]`, as for evaluation.
+    """A frozen network as a function of images; each of its features is a mean over places.
 
     Attributes:
+        layers: how many features each layer has.
         weights: (D,), of each feature in a mean over all; sums to 1.
+    """
+
+    layers: list[int]
+    weights: Tensor
+
+    def _count(self, layers: list[Tensor], shares: list[float]) -> None:
+        """Take the features of a trial, (B, D) of each layer, and the share of the weight that each layer has."""
+        self.layers = [features.shape[1] for features in layers]
+        weights = [torch.full((count,), share / count) for count, share in zip(self.layers, shares, strict=True)]
+        self.register_buffer("weights", torch.cat(weights), persistent=False)
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Features (B, D) float32 of images (B, 3, H, W) in [-1, 1].
+
+        With a generator all of them are moved by up to `SHIFT` pixels and perhaps mirrored, and resized a little more
+        or less where they are resized at all: a pattern that fools the network at one place of its strides does not
+        at another.
+        """
+        change = 0
+        if generator is not None:
+            across, down, step, mirrored = (
+                int(torch.randint(count, (), generator=generator)) for count in (2 * SHIFT + 1, 2 * SHIFT + 1, 3, 2)
+            )
+            padded = F.pad(images, (SHIFT,) * 4, mode="reflect")
+            images = padded[..., down : down + images.shape[-2], across : across + images.shape[-1]]
+            images = images.flip(-1) if mirrored else images
+            change = SIZES[step]
+        return torch.cat(self._pooled(images.float(), change), dim=1)
+
+    def _pooled(self, images: Tensor, change: int) -> list[Tensor]:
+        raise NotImplementedError
+
+
+class TimmFeatures(PooledFeatures):
+    """Features of a timm network: of every stage, and its own pooled ones after them.
+
+    Args:
+        spec: `MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]`, as for evaluation.
 
     Raises:
-        ValueError: another kind of extractor, weights that do not fit, or a size that the network cannot take.
+        ValueError: weights that do not fit, or a size that the network cannot take.
         FileNotFoundError: the weights file is missing.
     """
 
-    network: Any  # of timm, with `forward_intermediates`
+    network: Any  # with `forward_intermediates`
     shift: Tensor
     scale: Tensor
-    weights: Tensor
 
     def __init__(self, spec: str) -> None:
         super().__init__()
-        kind, _, rest = spec.partition(":")
-        if kind != "timm" or not rest:
-            raise ValueError(f"extractor {spec!r}: features to match are those of timm:MODEL@WEIGHTS_FILE")
-        network, options, _ = load_timm(rest)
+        network, options, _ = load_timm(spec)
         self.network = network.eval().requires_grad_(False)
         self.size = options["size"]
         self.register_buffer("shift", torch.tensor(options["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(options["std"]).view(-1, 1, 1), persistent=False)
         try:
             for change in SIZES:
-                last, stages = self._pooled(torch.zeros(1, 3, self.size + change, self.size + change))
+                layers = self._pooled(torch.zeros(1, 3, self.size + change, self.size + change), change)
         except (AssertionError, RuntimeError) as error:
             sizes = ", ".join(str(self.size + change) for change in SIZES)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"extractor {spec!r} does not take images of {sizes} pixels: {reason}") from error
-        shares = (torch.full((part.shape[1],), 1 / part.shape[1]) for part in (stages, last))
-        weights = [share * part for share, part in zip((STAGES_SHARE, 1 - STAGES_SHARE), shares, strict=True)]
-        self.register_buffer("weights", torch.cat(weights), persistent=False)
+            raise ValueError(f"extractor 'timm:{spec}' does not take images of {sizes} pixels: {reason}") from error
+        stages = [features.shape[1] for features in layers[:-1]]
+        self._count(layers, [STAGES_SHARE * count / sum(stages) for count in stages] + [1 - STAGES_SHARE])
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Features (B, D) float32 of images (B, 3, H, W) in [-1, 1].
-
-        With a generator all of them are moved by up to `SHIFT` pixels, resized a little more or less and perhaps
-        mirrored: a pattern that fools the network at one place of its strides does not at another.
-        """
-        size = self.size
-        if generator is not None:
-            across, down, change, mirrored = (
-                int(torch.randint(count, (), generator=generator)) for count in (2 * SHIFT + 1, 2 * SHIFT + 1, 3, 2)
-            )
-            padded = F.pad(images, (SHIFT,) * 4, mode="reflect")
-            images = padded[..., down : down + images.shape[-2], across : across + images.shape[-1]]
-            images = images.flip(-1) if mirrored else images
-            size += SIZES[change]
+    def _pooled(self, images: Tensor, change: int) -> list[Tensor]:
+        size = self.size + change
         antialias = images.shape[-1] > size
-        images = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=antialias)
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=antialias)
         pixels = ((images + 1) / 2 - self.shift) / self.scale
-        last, stages = self._pooled(pixels.contiguous(memory_format=torch.channels_last))
-        return torch.cat([stages, last], dim=1)
-
-    def _pooled(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        last, maps = self.network.forward_intermediates(pixels)
+        last, maps = self.network.forward_intermediates(pixels.contiguous(memory_format=torch.channels_last))
         stages = [features.float().mean(dim=(2, 3)) for features in maps]
-        return self.network.forward_head(last, pre_logits=True).float(), torch.cat(stages, dim=1)
+        return [*stages, self.network.forward_head(last, pre_logits=True).float()]
+
+
+class PerceptualFeatures(PooledFeatures):
+    """Features of the five layers of ST-LPIPS' AlexNet, which sees images at their own size; all layers count alike.
+
+    Args:
+        weights: file.
+
+    Raises:
+        ValueError: the file holds other weights.
+        FileNotFoundError: no such file.
+    """
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.network = ShiftTolerantLPIPS(weights)
+        layers = self._pooled(torch.zeros(1, 3, 64, 64), 0)
+        self._count(layers, [1 / len(layers)] * len(layers))
+
+    def _pooled(self, images: Tensor, change: int) -> list[Tensor]:
+        return [features.float().mean(dim=(2, 3)) for features in self.network.features(images)]
+
+
+def open_pooled_features(spec: str) -> PooledFeatures:
+    """Features of `timm:MODEL@WEIGHTS_FILE[?size=..&mean=..&std=..]` or `st-lpips:WEIGHTS_FILE`.
+
+    Raises:
+        ValueError: another kind of extractor, or what `TimmFeatures` and `PerceptualFeatures` refuse.
+        FileNotFoundError: the weights file is missing.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind not in _KINDS or not rest:
+        raise ValueError(
+            f"extractor {spec!r}: features to match are those of timm:MODEL@WEIGHTS_FILE or st-lpips:WEIGHTS_FILE"
+        )
+    return _KINDS[kind](rest)
+
+
+_KINDS = {"timm": TimmFeatures, "st-lpips": PerceptualFeatures}
 
 
 class ClassMeans(nn.Module):
@@ -140,8 +194,10 @@ class ClassMeans(nn.Module):
         if not variances:
             raise ValueError(f"no class has {LEAST_IMAGES} real images whose features could be matched")
         deviation = torch.stack(variances).mean(dim=0).sqrt()
-        least = LEAST_DEVIATION * deviation.median()
-        self.deviation.copy_(deviation.clamp(min=max(least.item(), 1e-6)))
+        layers = [
+            part.clamp(min=max(LEAST_DEVIATION * part.mean().item(), 1e-6)) for part in deviation.split(network.layers)
+        ]
+        self.deviation.copy_(torch.cat(layers))
 
     @torch.no_grad()
     def add(self, features: Tensor, classes: Tensor) -> None:

@@ -60,13 +60,14 @@ class ShiftTolerantLPIPS(nn.Module):
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Mean distance of the pairs, a scalar."""
         distance = images.new_zeros(())
-        pairs = zip(self._features(images), self._features(references), self.heads, strict=True)
+        pairs = zip(self.features(images), self.features(references), self.heads, strict=True)
         for features, reference_features, head in pairs:
             difference = (F.normalize(features, dim=1) - F.normalize(reference_features, dim=1)).square()
             distance = distance + F.conv2d(difference, head).mean()
         return distance
 
-    def _features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What the five layers see in images (B, 3, H, W) in [-1, 1]: (B, C, h, w) each, from fine to coarse."""
         hidden = (images - self.shift) / self.scale
         features = []
         for stage, (_, padding) in enumerate(_STAGES):

@@ -1,6 +1,7 @@
 """The recipes of the embedded default: every stage parses, hardware changes what it must, stages follow each other."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_the_data_folder_reaches_every_stage(stages):
         assert config.data.source == "elsewhere/corpus/train-*.parquet"
         assert config.validation.source == "elsewhere/corpus/validation-*.parquet"
         assert getattr(config.task, "perceptual_weights", "elsewhere/").startswith("elsewhere/")
-        assert all("@elsewhere/weights/" in spec for spec in getattr(config.task, "extractors", ()))
+        files = [re.split("[:@]", spec)[-1] for spec in getattr(config.task, "extractors", ())]
+        assert all(file.startswith("elsewhere/weights/") for file in files)
 
 
 def test_networks_of_the_last_stage_that_are_missing_are_named_before_the_first_one(stages, tmp_path):
@@ -63,6 +65,9 @@ def test_networks_of_the_last_stage_that_are_missing_are_named_before_the_first_
     (tmp_path / "weights").mkdir()
     for size in (1, 2):
         (tmp_path / "weights" / f"efficientnet_lite{size}.pth").touch()
+    with pytest.raises(FileNotFoundError, match=r"no \S+stlpips_alex\.pth$"):
+        stages.check_matching(tmp_path)
+    (tmp_path / "weights" / "stlpips_alex.pth").touch()
     stages.check_matching(tmp_path)
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from medisyn.config import load_config
-from medisyn.feature_statistics import ClassMeans, PooledFeatures
+from medisyn.feature_statistics import LEAST_DEVIATION, ClassMeans, open_pooled_features
 from medisyn.loading import load_pipeline
 from medisyn.tasks import create_task
 from medisyn.tasks.base import seeded_normal
-from medisyn.tasks.feature_matching import _START, FeatureMatchingTask, mean_block
+from medisyn.tasks.feature_matching import _START, FAINT, FeatureMatchingTask, visible_lattice
 from medisyn.trainer import Trainer
 from tests.training import diffusion_config, write_base, write_images
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(folder):
-    return PooledFeatures(spec(folder))
+    return open_pooled_features(spec(folder))
 
 
 def spec(folder):
@@ -66,6 +66,39 @@ def test_features_are_the_networks_own_after_its_stages_and_pass_gradients(folde
     assert torch.allclose(features[:, -own.shape[1] :], own, atol=1e-5)
     (gradient,) = torch.autograd.grad(features.sum(), images)
     assert gradient.abs().sum() > 0 and not any(p.requires_grad for p in network.parameters())
+
+
+def alexnet(folder):
+    """A file as that of ST-LPIPS, narrow and random; one feature of its last layer is dead."""
+    generator, state, before = torch.Generator().manual_seed(0), {}, 3
+    layers = (("slice1.0", 8, 11), ("slice2.5", 6, 5), ("slice3.9", 6, 3), ("slice4.11", 4, 3), ("slice5.13", 4, 3))
+    for number, (name, width, side) in enumerate(layers):
+        weight = torch.randn(width, before, side, side, generator=generator) / (before**0.5 * side)
+        state |= {f"net.{name}.weight": weight, f"net.{name}.bias": torch.zeros(width)}
+        state[f"lin{number}.model.1.weight"] = torch.ones(1, width, 1, 1)
+        before = width
+    state["net.slice5.13.bias"][0] = -100.0
+    state |= {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
+    torch.save(state, folder / "alexnet.pth")
+    return f"st-lpips:{folder / 'alexnet.pth'}"
+
+
+def test_layers_of_a_perceptual_network_count_alike_and_what_is_dead_in_them_not_at_all(folder):
+    network = open_pooled_features(alexnet(folder))
+    assert network.layers == [8, 6, 6, 4, 4]
+    shares = [part.sum().item() for part in network.weights.split(network.layers)]
+    assert shares == pytest.approx([0.2] * 5)
+    images = torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = network(images.requires_grad_(True))
+    first = network.network.features(images)[0].mean(dim=(2, 3))
+    assert torch.allclose(features[:, :8], first)
+    (gradient,) = torch.autograd.grad(features.sum(), images)
+    assert gradient.abs().sum() > 0
+    means = ClassMeans(network, 1, horizon=1)
+    means.fit([images.detach()], torch.Generator().manual_seed(0))
+    last = means.deviation.split(network.layers)[-1]
+    assert 0 < last[0] == last.min() <= LEAST_DEVIATION * last.mean()
+    assert last[0] < LEAST_DEVIATION * means.deviation[:8].min()  # each layer has a least one of its own
 
 
 def test_jitter_depends_on_the_generator_alone(network):
@@ -126,7 +159,7 @@ def test_a_class_of_few_real_images_is_not_matched(network):
 
 def test_a_size_that_a_network_cannot_take_is_refused(folder):
     with pytest.raises(ValueError, match=r"size=16' does not take images of 0, 16, 32 pixels"):
-        PooledFeatures(f"timm:test_efficientnet@{folder / 'network.pth'}?size=16")
+        open_pooled_features(f"timm:test_efficientnet@{folder / 'network.pth'}?size=16")
 
 
 def test_images_are_drawn_as_the_pipeline_draws_them(folder):
@@ -143,11 +176,21 @@ def test_images_are_drawn_as_the_pipeline_draws_them(folder):
     assert torch.allclose(before, drawn, atol=1e-4)
 
 
-def test_a_lattice_is_what_repeats_in_every_block():
-    block = torch.rand(1, 3, 8, 8)
-    assert torch.allclose(mean_block(block.repeat(1, 1, 4, 2), 8), block)
-    noise = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
-    assert mean_block(noise, 8).square().mean() < 0.01
+def test_a_lattice_counts_where_it_is_seen():
+    """The same dots in one window of sixteen: on flat ground, or in texture that hides them; noise hardly counts."""
+    generator = torch.Generator().manual_seed(0)
+    block = 0.02 * torch.randn(1, 3, 8, 8, generator=generator)
+    dots = torch.zeros(1, 3, 128, 128)
+    dots[..., :32, 32:64] = block.repeat(1, 1, 4, 4)
+    flat = torch.zeros(1, 3, 128, 128)
+    texture = 0.3 * torch.randn(flat.shape, generator=generator)
+    seen, hidden = (visible_lattice(dots, ground, 8) for ground in (flat, texture))
+    assert seen == pytest.approx(block.square().mean().item() / FAINT**2 / 16, rel=1e-4)
+    assert 0 < hidden < 0.02 * seen
+    assert visible_lattice(dots, flat, 8) == visible_lattice(-dots, flat, 8)
+    noise = dots.std() * torch.randn(flat.shape, generator=generator)
+    assert visible_lattice(noise, flat, 8) == pytest.approx(noise.square().mean().item() / FAINT**2 / 16, rel=0.1)
+    assert visible_lattice(noise[..., :16, :16], flat[..., :16, :16], 8) > 0  # fewer blocks than a window
 
 
 def test_a_first_step_changes_no_content_and_gives_gradients_to_the_unet_alone(folder):

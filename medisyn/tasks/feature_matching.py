@@ -6,8 +6,9 @@ the decoder and the networks (as in DRaFT-K, Clark et al. 2024, arXiv 2309.17400
 features of drawn and real images (feature matching, Salimans et al. 2016, arXiv 1606.03498, eq. 6), class by class.
 
 - What is drawn must stay, since means are matched by erasing as well: averages of 4x4 pixels are kept at those that
-  the base's own last steps draw. So is what repeats in every block of pixels that is one place of the latents: a
-  shift of a channel is such a lattice, and the cheapest texture of all.
+  the base's own last steps draw. So is what repeats in neighbouring blocks of pixels that are one place of the
+  latents each, most of all on flat ground, where it is seen: a shift of a channel is such a lattice, and the cheapest
+  texture of all.
 - The usual denoising loss goes on beside it, with the usual dropout of conditions.
 - The networks must not be those that judge the result.
 
@@ -28,19 +29,36 @@ from torch import Tensor, nn
 from medisyn.backbone import load_pipeline
 from medisyn.config import FeatureMatchingTaskConfig, TrainConfig
 from medisyn.data.preprocessing import Preprocessor
-from medisyn.feature_statistics import ClassMeans, PooledFeatures
+from medisyn.feature_statistics import ClassMeans, PooledFeatures, open_pooled_features
 from medisyn.pipelines.medisyn_pipeline import MediSynPipeline
 from medisyn.tasks.base import seeded_normal
 from medisyn.tasks.diffusion import DiffusionTask
 
 _START = 8  # stream of the noise that images are drawn from
 CONTENT = 4  # pixels, side of the squares whose average must stay
+WINDOW = 4  # places of the latents, side of the squares in which nothing new may repeat
+FAINT = 4 / 127.5  # deviation of a block, in images of [-1, 1], under which it hides nothing
 
 
-def mean_block(images: Tensor, side: int) -> Tensor:
-    """The average (B, C, side, side) of all blocks of `side` x `side` pixels that tile images (B, C, H, W)."""
-    batch, channels, height, width = images.shape
-    return images.reshape(batch, channels, height // side, side, width // side, side).mean(dim=(2, 4))
+def visible_lattice(change: Tensor, images: Tensor, side: int) -> Tensor:
+    """What a change repeats in neighbouring blocks of `side` x `side` pixels, relative to what the blocks vary by.
+
+    Of each window of `WINDOW` x `WINDOW` blocks, the mean block of the change, where a block counts the less the
+    more its pixels vary (contrast masking, Legge and Foley 1980): dots on an empty ground are seen, in tissue not.
+
+    Args:
+        change: (B, C, H, W), H and W multiples of `side`.
+        images: (B, C, H, W) in [-1, 1], that are changed.
+        side: of a block, pixels.
+
+    Returns:
+        A scalar: mean over windows of squared mean blocks, in units of the blocks' variance.
+    """
+    blocks = F.pixel_unshuffle(images, side)
+    visible = 1 / (blocks.var(dim=1, keepdim=True) + FAINT**2)
+    window = min(WINDOW, *blocks.shape[-2:])
+    mean = F.avg_pool2d(visible * F.pixel_unshuffle(change, side), window)
+    return (mean.square() / F.avg_pool2d(visible, window)).mean()
 
 
 class FeatureMatchingTask(DiffusionTask):
@@ -60,7 +78,7 @@ class FeatureMatchingTask(DiffusionTask):
         if not isinstance(config.task, FeatureMatchingTaskConfig):
             raise ValueError(f"task.type={config.task.type!r} given to the feature matching task")
         options, device = config.task, PartialState().device
-        networks = [PooledFeatures(spec).to(device) for spec in options.extractors]  # wrong ones before any work
+        networks = [open_pooled_features(spec).to(device) for spec in options.extractors]  # wrong ones before any work
         base = load_pipeline(cast(str, options.base))
         kept: set[str] = {condition.type for condition in options.conditions} or set(base.kinds)
         if missing := set(options.drawn_with) - (set(base.kinds) & kept):
@@ -101,7 +119,7 @@ class FeatureMatchingTask(DiffusionTask):
             matching = matching + means.loss(features, classes)
             means.add(gather(features.detach()), gather(classes))
         change = F.avg_pool2d(images - before, CONTENT).square().mean()
-        lattice = mean_block(images - before, self.pipe.vae_scale_factor).square().mean()
+        lattice = visible_lattice(images - before, before, self.pipe.vae_scale_factor)
         loss = options.denoising_weight * denoising["loss"] + options.feature_weight * matching
         loss = loss + options.content_weight * change + options.lattice_weight * lattice
         shift = torch.stack([means.squared_shift() for _, means in self._matched()]).mean()

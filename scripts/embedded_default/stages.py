@@ -63,7 +63,8 @@ def configure(stage: str, data: Path, hardware: Hardware, parts: Path | None = N
     if plain.task.type == "autoencoder":
         overrides.append(f"task.perceptual_weights={data}/weights/stlpips_alex.pth")
     if plain.task.type == "feature_matching":
-        specs = [spec.replace("@data/", f"@{data}/") for spec in plain.task.extractors]
+        files = {spec: _weights_file(spec) for spec in plain.task.extractors}
+        specs = [spec.replace(file, str(data / Path(file).relative_to("data"))) for spec, file in files.items()]
         return load_config(file, [*overrides, f"task.extractors={json.dumps(specs)}"])
     if parts is not None and plain.task.type == "diffusion":
         encoder = Path(plain.output_dir) / "image_encoder"
@@ -91,12 +92,18 @@ def run(script: str, data: Path, hardware: Hardware) -> list[Path]:
     return [Trainer(configure(stage, data, hardware)).fit() for stage in STAGES[script]]
 
 
+def _weights_file(spec: str) -> str:
+    """FILE of `timm:MODEL@FILE?...` or `st-lpips:FILE`."""
+    return spec.partition("?")[0].partition(":")[2].rpartition("@")[2]
+
+
 def check_matching(data: Path) -> None:
     """Raise FileNotFoundError where the networks of the last stage are missing, hours before it would."""
     for spec in configure("matching", data, Hardware.CPU).task.extractors:
-        file = Path(spec.partition("@")[2].partition("?")[0])
+        file = Path(_weights_file(spec))
         if not file.is_file():
-            raise FileNotFoundError(f"no {file}; scripts/embedded_default/lite_weights.py writes it")
+            hint = "; scripts/embedded_default/lite_weights.py writes it" if spec.startswith("timm:") else ""
+            raise FileNotFoundError(f"no {file}{hint}")
 
 
 def run_matching(data: Path, hardware: Hardware) -> Path:
