@@ -239,14 +239,17 @@ def test_the_recipe_runs_and_ends_in_a_pipeline(folder):
     changes += [f"{name}.{key}" for name in data for key in ("label_schema=null", "resolution=32")]
     changes += ["data.group_column=patient", "data.dataset_column=null", "data.balance_columns=[kind]"]
     changes += [f"task.base={folder / 'default'}", f"output_dir={folder / 'recipe'}", "train.steps=1"]
-    changes += [
-        f"task.extractors={json.dumps([spec(folder), alexnet(folder)])}",
-        "task.class_columns=[kind]",
-        "train.batch_size=4",
-    ]
+    changes += [f"task.extractors={json.dumps([spec(folder), alexnet(folder)])}", "task.class_columns=[kind]"]
+    changes += ["train.batch_size=4", "train.ema_decay=0", "optim.warmup_steps=0", "optim.learning_rate=0.01"]
     run = Trainer(load_config(RECIPE, changes)).fit()
     before, after = (load_pipeline(name) for name in (folder / "default", run / "pipeline"))
     assert after.kinds == before.kinds
+    learnt = load_file(run / "checkpoints" / "step_00000001" / "model.safetensors")
+    weights = after.unet.state_dict()
+    changes = {name: learnt[f"unet.{name}"] - value for name, value in before.unet.state_dict().items()}
+    assert max(change.abs().max() for change in changes.values()) > 1e-3
+    for name, value in before.unet.state_dict().items():
+        assert torch.allclose(weights[name] - value, 1.25 * changes[name], atol=1e-5)
     vae = before.vae.state_dict()
     assert all(torch.equal(value, vae[name]) for name, value in after.vae.state_dict().items())
 

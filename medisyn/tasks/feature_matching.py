@@ -10,6 +10,7 @@ features of drawn and real images (feature matching, Salimans et al. 2016, arXiv
   latents each, most of all on flat ground, where it is seen: a shift of a channel is such a lattice, and the cheapest
   texture of all.
 - The usual denoising loss goes on beside it, with the usual dropout of conditions.
+- At the end the change of the weights is made a little larger (extrapolation, Zheng et al. 2024, arXiv 2404.16792).
 - The networks must not be those that judge the result.
 
     medisyn train scripts/embedded_default/matching.yaml
@@ -17,6 +18,7 @@ features of drawn and real images (feature matching, Salimans et al. 2016, arXiv
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -126,6 +128,15 @@ class FeatureMatchingTask(DiffusionTask):
         shift = torch.stack([means.squared_shift() for _, means in self._matched()]).mean()
         metrics = {"error": denoising["error"], "change": change.detach(), "lattice": lattice.detach()}
         return {"loss": loss, "shift": shift} | metrics
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """As the diffusion task, with the change of the UNet from the base `extrapolation` times as large."""
+        (base,), trained = self._base, copy.deepcopy(self.pipe.unet.state_dict())
+        for weights, start in zip(self.pipe.unet.parameters(), base.unet.parameters(), strict=True):
+            weights.copy_(torch.lerp(start.to(weights), weights, self.options.extrapolation))
+        super().export(folder)
+        self.pipe.unet.load_state_dict(trained)
 
     def _matched(self) -> Iterable[tuple[PooledFeatures, ClassMeans]]:
         return zip(self._networks, cast(Iterable[ClassMeans], self.means), strict=True)
