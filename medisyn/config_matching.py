@@ -26,7 +26,7 @@ class FeatureMatchingTaskConfig(DiffusionTaskConfig):
     content_weight: NonNegative = 20.0  # on what 4x4 pixels are on average: what is drawn stays
     visible_lattice_weight: NonNegative = 5.0  # on what repeats in neighbouring places of the latents, and is seen
     denoising_weight: NonNegative = 1.0  # on the usual loss
-    extrapolation: NonNegative = 1.25  # the change of the weights at the end, as a multiple of what was learnt
+    extrapolation: NonNegative = 1.1  # the change of the weights at the end, as a multiple of what was learnt
 
     def __post_init__(self) -> None:
         super().__post_init__()
